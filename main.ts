@@ -1,0 +1,1981 @@
+/**
+ * Parley: a chat room for netcat, in one file.
+ *
+ * Open the room, and join it from any terminal:
+ *
+ * ```sh
+ * deno run --allow-net main.ts
+ * nc localhost 8008
+ * ```
+ *
+ * `deno run main.ts --help` lists the options. In the room, `/help` lists the
+ * commands.
+ *
+ * As a library, a room is a {@linkcode ChatServer}:
+ *
+ * ```ts
+ * import { ChatServer } from "./main.ts";
+ *
+ * await using server = ChatServer.listen({ host: "127.0.0.1", port: 0 });
+ * console.log("Listening on", server.addr.port);
+ * ```
+ *
+ * The room is one append-only log of encoded lines, and every client is a
+ * cursor into it. Saying something costs the same however many people listen,
+ * a slow client holds up nobody, and memory has one bound.
+ *
+ * The parts, top to bottom, each using only what stands above it: options,
+ * text, room, client, commands, server, main.
+ *
+ * @module
+ */
+import { parseArgs as parseArgsUntyped } from "@std/cli/parse-args";
+import { closestString as closestStringUntyped } from "@std/text/closest-string";
+import config from "./deno.json" with { type: "json" };
+
+// The npm build of @std has no types: these are the ones used here.
+const parseArgs: (args: string[], options: {
+  string: string[];
+  boolean: string[];
+  alias: Record<string, string>;
+  unknown: (arg: string) => boolean;
+}) => Record<string, string | boolean | undefined> = parseArgsUntyped;
+const closestString: (word: string, possible: string[]) => string =
+  closestStringUntyped;
+
+// ---------------------------------------------------------------------------
+// Options: what can be set, from the command line and by an embedding program.
+// ---------------------------------------------------------------------------
+
+/** What can be set of a room. The command line's options have the same names. */
+export interface Options {
+  /** Address or host name to listen on; `::` is IPv4 and IPv6. */
+  host: string;
+  /** TCP port to listen on; 0 picks a free one. */
+  port: number;
+  /** Relay lines as they are: no names, notices, commands or history. */
+  raw: boolean;
+  /** Ask each newcomer for a name before anything else. */
+  askName: boolean;
+  /** Put the time of day, `12:34 `, before each line said. */
+  timestamps: boolean;
+  /** How many of the last lines said a newcomer is shown. */
+  history: number;
+  /** Lines a second that each client may send; 0 is no limit. */
+  rate: number;
+  /** How many clients may be connected; one more is told that it is full. */
+  maxClients: number;
+  /** The same for one address; 0 is no limit. */
+  maxPerAddress: number;
+  /** Do not report comings and goings. */
+  quiet: boolean;
+}
+
+/** What the command line asks for, as {@linkcode parseOptions} reads it. */
+export interface CommandLine {
+  /** The options that were given; what was not given is absent. */
+  options: Partial<Options>;
+  /** Print the help and leave. */
+  help: boolean;
+  /** Print the version and leave. */
+  version: boolean;
+}
+
+/** An error of the person who started the program: its message says what to do. */
+export class UsageError extends Error {
+  /** What kind of error it is. */
+  override name = "UsageError";
+}
+
+const DEFAULTS: Options = {
+  host: "0.0.0.0",
+  port: 8008,
+  raw: false,
+  askName: false,
+  timestamps: false,
+  history: 20,
+  rate: 20,
+  maxClients: 10_000,
+  maxPerAddress: 0,
+  quiet: false,
+};
+
+interface Flag {
+  name: string;
+  short?: string;
+  /** What stands for its value in the help; a flag without one is on or off. */
+  value?: string;
+  /** The option that it sets; a flag without one is read by name. */
+  key?: keyof Options;
+  /** The range of a number, both ends included. */
+  range?: [from: number, to: number];
+  help: string;
+}
+
+// The command line is read by this table and --help is printed from it.
+const FLAGS: Flag[] = [
+  {
+    name: "host",
+    value: "ADDRESS",
+    key: "host",
+    help: "address to listen on, :: for IPv4 and IPv6",
+  },
+  {
+    name: "port",
+    short: "p",
+    value: "PORT",
+    key: "port",
+    range: [0, 65_535],
+    help: "port to listen on, 0 picks a free one",
+  },
+  {
+    name: "raw",
+    key: "raw",
+    help: "relay lines as they are: no names, no commands",
+  },
+  {
+    name: "ask-name",
+    key: "askName",
+    help: "ask each newcomer for a name first",
+  },
+  {
+    name: "timestamps",
+    key: "timestamps",
+    help: "put the time, 12:34, before each line said",
+  },
+  {
+    name: "history",
+    value: "LINES",
+    key: "history",
+    range: [0, 10_000],
+    help: "said lines that a newcomer is shown",
+  },
+  {
+    name: "rate",
+    value: "LINES",
+    key: "rate",
+    range: [0, 1_000_000],
+    help: "lines a second for each client, 0 is no limit",
+  },
+  {
+    name: "max-clients",
+    value: "N",
+    key: "maxClients",
+    range: [1, 1_000_000],
+    help: "how many may be here at once",
+  },
+  {
+    name: "max-per-address",
+    value: "N",
+    key: "maxPerAddress",
+    range: [0, 1_000_000],
+    help: "the same for one address, 0 is no limit",
+  },
+  { name: "quiet", key: "quiet", help: "do not print comings and goings" },
+  { name: "help", short: "h", help: "print this and leave" },
+  { name: "version", short: "V", help: "print the version and leave" },
+];
+
+/** The text of `--help`: at most 80 columns, with every default. */
+function helpText(): string {
+  const rows = FLAGS.map(({ name, short, value, key, help }) => {
+    const flag = `${short ? `-${short}, ` : "    "}--${name} ${value ?? ""}`;
+    const what = key && value ? `${help} (${DEFAULTS[key]})` : help;
+    return `  ${flag.padEnd(26)}${what}`;
+  });
+  return `\
+Parley: a chat room for netcat.
+
+Usage: deno run --allow-net main.ts [OPTIONS]
+Join:  nc localhost ${DEFAULTS.port}    (then /help)
+
+Options (with their defaults):
+${rows.join("\n")}
+`;
+}
+
+/**
+ * Reads a command line.
+ *
+ * @param args the arguments after the program's name, as in `Deno.args`
+ * @returns what was given, with the right types
+ * @throws {UsageError} if an argument is unknown, lacks its value, or has one
+ * that cannot be used; the message says what to do instead
+ *
+ * @example
+ * ```ts
+ * import { assertEquals } from "@std/assert";
+ * import { parseOptions } from "./main.ts";
+ *
+ * const { options } = parseOptions(["-p", "9000", "--ask-name"]);
+ * assertEquals(options, { port: 9000, askName: true });
+ * ```
+ */
+export function parseOptions(args: string[]): CommandLine {
+  const valued = FLAGS.filter((flag) => flag.value);
+  const names = (flags: Flag[]) =>
+    flags.flatMap(({ name, short }) => [name, ...short ? [short] : []]);
+  const dashed = (name: string) => (name.length > 1 ? "--" : "-") + name;
+  const takesValue = new Set(names(valued).map(dashed));
+
+  // parseArgs takes `--rate -3` for two options: tie the number to its option.
+  const tied: string[] = [];
+  for (const arg of args) {
+    const before = tied.at(-1);
+    if (/^-\d/.test(arg) && before !== undefined && takesValue.has(before)) {
+      tied[tied.length - 1] = `${before}=${arg}`;
+    } else tied.push(arg);
+  }
+
+  const given = parseArgs(tied, {
+    string: valued.map((flag) => flag.name),
+    boolean: FLAGS.filter((flag) => !flag.value).map((flag) => flag.name),
+    alias: Object.fromEntries(
+      FLAGS.flatMap(({ name, short }) => short ? [[short, name]] : []),
+    ),
+    unknown(arg) {
+      if (!arg.startsWith("-")) {
+        throw new UsageError(
+          `Unexpected argument ${arg || '""'} (every option begins with --)`,
+        );
+      }
+      const option = arg.replace(/=.*/s, "");
+      const known = names(FLAGS).map(dashed);
+      throw new UsageError(
+        `Unknown option ${option} (did you mean ${
+          closestString(option, known)
+        }?)`,
+      );
+    },
+  });
+  const [stray] = given._ as unknown as string[];
+  if (stray !== undefined) {
+    throw new UsageError(
+      `Unexpected argument ${stray} (every option begins with --)`,
+    );
+  }
+
+  const options: Partial<Record<keyof Options, string | number | boolean>> = {};
+  for (const { name, key, value, range } of FLAGS) {
+    const text = given[name];
+    if (!value) {
+      const wrong = tied.find((arg) => arg.startsWith(`--${name}=`));
+      if (wrong) throw new UsageError(`Option --${name} takes no value`);
+      if (key && text) options[key] = true;
+    } else if (key && text !== undefined) {
+      if (text === "") {
+        throw new UsageError(
+          `Option --${name} needs a value: --${name} ${value}`,
+        );
+      }
+      options[key] = range
+        ? parseNumber(name, String(text), range)
+        : parseHost(String(text));
+    }
+  }
+  if (options.raw && (options.askName || options.timestamps)) {
+    const other = options.askName ? "--ask-name" : "--timestamps";
+    throw new UsageError(
+      `Cannot use --raw with ${other}: a raw room relays lines as they are`,
+    );
+  }
+  return {
+    options: options as Partial<Options>,
+    help: given.help === true,
+    version: given.version === true,
+  };
+}
+
+function parseNumber(name: string, text: string, [from, to]: [number, number]) {
+  const number = /^\d+$/.test(text) ? Number(text) : NaN;
+  if (number >= from && number <= to) return number;
+  throw new UsageError(
+    `Cannot use ${text} for --${name}: give a whole number from ${from} to ${to}`,
+  );
+}
+
+function parseHost(text: string) {
+  // Letters, digits and what else an address or a host name can hold.
+  if (/^[\p{L}\p{N}.:%_-]+$/u.test(text)) return text;
+  throw new UsageError(
+    `Cannot use ${text} for --host: give an address, such as 127.0.0.1 or ::`,
+  );
+}
+
+// ---------------------------------------------------------------------------
+// Text: what bytes become lines, what of a line may pass, what is a name.
+// ---------------------------------------------------------------------------
+
+/** The longest line, in bytes; a longer one is passed on in pieces of this. */
+const LINE_BYTES = 4_096;
+
+const NUL = 0, LF = 10, CR = 13, SLASH = 47;
+
+// The commands of the telnet protocol (RFC 854) that are longer than two bytes.
+const SE = 240, SB = 250, WILL = 251, WONT = 252, DO = 253, DONT = 254;
+const IAC = 255;
+
+/** Where in a telnet command the stream stands. */
+const enum Telnet {
+  Text,
+  Command,
+  Option,
+  Subnegotiation,
+  SubnegotiationCommand,
+}
+
+type Timer = ReturnType<typeof setTimeout>;
+
+const NO_BYTES = new Uint8Array(0), NO_LINES: readonly string[] = [];
+const encoder = new TextEncoder();
+// A mark of byte order is dropped when a line is cleaned: if the decoder did it,
+// only a chunk's first line would lose it.
+const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+
+// Escape sequences after ECMA-48: control sequences (5.4), control strings
+// (5.6: titles, links, device control), and the others (ECMA-35, 13.2).
+// node:util's stripVTControlCharacters leaves half of a title behind, takes
+// letters of the text for the end of a sequence, and costs 10 ms at start-up.
+// Every alternative is linear: none can begin inside what another has read.
+const ESCAPES =
+  // deno-lint-ignore no-control-regex
+  /(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x1b\\|\x9c)|\x1b[ -/]*[0-~]/g;
+
+// Control characters but TAB, DEL, C1, line and paragraph separators, and what
+// turns the direction of text around (Unicode UAX #9: embeddings, overrides and
+// isolates). Also the mark of byte order, which would hide a command's slash.
+const CONTROLS =
+  // deno-lint-ignore no-control-regex
+  /[\x00-\x08\n-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]/g;
+
+// The same but LF: whether a chunk of lines needs cleaning at all.
+const SUSPECT =
+  // deno-lint-ignore no-control-regex
+  /[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]/;
+
+/**
+ * Takes out of a line what could disturb a terminal or pass for another line:
+ * escape sequences (ECMA-48) whole, then every control character but TAB, C1,
+ * DEL, line and paragraph separators, and bidirectional controls.
+ *
+ * @param line one line of text, without its end
+ * @returns the line as the room may hear it; it can be empty
+ *
+ * @example
+ * ```ts
+ * import { assertEquals } from "@std/assert";
+ * import { cleanLine } from "./main.ts";
+ *
+ * assertEquals(cleanLine("\x1b]0;a title\x07\x1b[31mred\x07"), "red");
+ * ```
+ */
+export function cleanLine(line: string): string {
+  return line.replace(ESCAPES, "").replace(CONTROLS, "");
+}
+
+// "Letters and digits of any script" with the marks that many scripts write
+// vowels with, but nothing that does not show (which would let two people look
+// the same), such as the Hangul filler, a letter by its class.
+const NAME =
+  /^[[\p{L}\p{Nd}_\-]--\p{DI}][[\p{L}\p{M}\p{Nd}_\-]--\p{DI}]{0,23}$/v;
+
+/** Names that would make what their owner says look like the server's words. */
+const RESERVED_NAMES = new Set(["host", "you", "server"]);
+
+const NAME_RULE = "A name is 1 to 24 letters, digits, _ or -.";
+
+/**
+ * Brings a name to the form in which the room shows it (Unicode NFKC).
+ *
+ * @param name what a person typed
+ * @returns the name, or `null` if it is none: 1 to 24 letters, digits, `_` or
+ * `-` of any script
+ *
+ * @example
+ * ```ts
+ * import { assertEquals } from "@std/assert";
+ * import { normalizeName } from "./main.ts";
+ *
+ * assertEquals(normalizeName("ａｌｉｃｅ"), "alice");
+ * assertEquals(normalizeName("no spaces"), null);
+ * ```
+ */
+export function normalizeName(name: string): string | null {
+  const normal = name.trim().normalize("NFKC");
+  return NAME.test(normal) ? normal : null;
+}
+
+/** What two names share if they differ in case alone. Upper case first: it is
+ * there that ς and σ, or ı and i, meet. */
+function nameKey(name: string): string {
+  return /^[\w-]*$/.test(name)
+    ? name.toLowerCase()
+    : name.normalize("NFKC").toUpperCase().toLowerCase().normalize("NFKC");
+}
+
+/** An address without the IPv4-mapped form (RFC 4291, 2.5.5.2). */
+function plainAddress(address: string): string {
+  return address.replace(/^::ffff:(?=\d+\.)/i, "");
+}
+
+function formatAddress(address: string, port: number): string {
+  return address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`;
+}
+
+function concatenate(parts: Uint8Array[]): Uint8Array<ArrayBuffer> {
+  const whole = new Uint8Array(
+    parts.reduce((length, part) => length + part.length, 0),
+  );
+  let offset = 0;
+  for (const part of parts) {
+    whole.set(part, offset);
+    offset += part.length;
+  }
+  return whole;
+}
+
+/**
+ * Makes lines of one client's bytes, the same ones however the stream is cut
+ * into reads. It holds back less than {@linkcode LINE_BYTES} + one read.
+ *
+ * A stream of `TextDecoderStream` and `TextLineStream` would read better, but it
+ * costs 84 KB a client (this: 8) and holds a line of any length in memory.
+ */
+class LineSplitter {
+  /** The answer that the telnet client of the last chunk is owed, if any. */
+  reply: Uint8Array | null = null;
+  #partial: Uint8Array = NO_BYTES;
+  #telnet = Telnet.Text;
+  #verb = 0;
+
+  /** The lines that `chunk` completes, cleaned, without the empty ones. It may
+   * be overwritten afterwards. */
+  push(chunk: Uint8Array): string[] {
+    let bytes = chunk;
+    if (
+      this.#telnet !== Telnet.Text || chunk.includes(IAC) || chunk.includes(NUL)
+    ) bytes = this.#withoutTelnet(chunk);
+    if (this.#partial.length) bytes = concatenate([this.#partial, bytes]);
+    if (bytes.length > LINE_BYTES) bytes = breakLongLines(bytes);
+    const end = bytes.lastIndexOf(LF) + 1;
+    this.#partial = end === bytes.length ? NO_BYTES : bytes.slice(end);
+    return end ? decodeLines(bytes.subarray(0, end - 1)) : [];
+  }
+
+  /** The last words of a stream that ended without a newline. */
+  end(): string[] {
+    const lines = decodeLines(this.#partial);
+    this.#partial = NO_BYTES;
+    return lines;
+  }
+
+  /**
+   * Takes the telnet protocol out of a chunk: commands, negotiation, and
+   * CR NUL, which ends a line like CR LF (RFC 854, page 11).
+   *
+   * Every option is refused, as RFC 854 asks of who does not know it. A telnet
+   * whose user pressed Ctrl-C shows nothing more before that answer comes
+   * (RFC 860, TIMING-MARK).
+   */
+  #withoutTelnet(chunk: Uint8Array): Uint8Array {
+    const text = new Uint8Array(chunk.length), reply: number[] = [];
+    let length = 0, before = this.#partial.at(-1);
+    for (const byte of chunk) {
+      switch (this.#telnet) {
+        case Telnet.Text:
+          if (byte === IAC) this.#telnet = Telnet.Command;
+          else {
+            text[length++] = before === CR && byte === NUL ? LF : byte;
+            before = byte;
+          }
+          break;
+        case Telnet.Command:
+          if (byte === IAC) { // an escaped byte 255, no UTF-8
+            before = text[length++] = IAC;
+            this.#telnet = Telnet.Text;
+          } else if (byte >= WILL) {
+            this.#verb = byte;
+            this.#telnet = Telnet.Option;
+          } else {this.#telnet = byte === SB
+              ? Telnet.Subnegotiation
+              : Telnet.Text;}
+          break;
+        case Telnet.Option:
+          if (this.#verb === DO) reply.push(IAC, WONT, byte);
+          if (this.#verb === WILL) reply.push(IAC, DONT, byte);
+          this.#telnet = Telnet.Text;
+          break;
+        case Telnet.Subnegotiation:
+          if (byte === IAC) this.#telnet = Telnet.SubnegotiationCommand;
+          break;
+        case Telnet.SubnegotiationCommand:
+          this.#telnet = byte === SE ? Telnet.Text : Telnet.Subnegotiation;
+      }
+    }
+    if (reply.length) this.reply = new Uint8Array(reply);
+    return text.subarray(0, length);
+  }
+}
+
+/** Ends a line wherever one would grow longer than {@linkcode LINE_BYTES}. */
+function breakLongLines(bytes: Uint8Array): Uint8Array {
+  const pieces: Uint8Array[] = [], end = new Uint8Array([LF]);
+  let from = 0, line = 0;
+  while (line <= bytes.length) {
+    const found = bytes.indexOf(LF, line);
+    const stop = found < 0 ? bytes.length : found;
+    while (stop - line > LINE_BYTES) {
+      line = characterStart(bytes, line + LINE_BYTES);
+      pieces.push(bytes.subarray(from, line), end);
+      from = line;
+    }
+    line = stop + 1;
+  }
+  return pieces.length ? concatenate([...pieces, bytes.subarray(from)]) : bytes;
+}
+
+/** Where the character that holds the byte at `offset` begins (RFC 3629). */
+function characterStart(bytes: Uint8Array, offset: number): number {
+  for (let start = offset; start > offset - 4; start--) {
+    if ((bytes[start] & 0xc0) === 0x80) continue;
+    const length = bytes[start] >= 0xf0
+      ? 4
+      : bytes[start] >= 0xe0
+      ? 3
+      : bytes[start] >= 0xc0
+      ? 2
+      : 1;
+    return start + length > offset ? start : offset;
+  }
+  return offset; // no UTF-8: any place will do
+}
+
+function decodeLines(bytes: Uint8Array): string[] {
+  if (bytes.length === 0) return [];
+  const text = decoder.decode(bytes), lines = text.split("\n");
+  if (SUSPECT.test(text)) return lines.map(cleanLine).filter(Boolean);
+  return lines.includes("") ? lines.filter(Boolean) : lines;
+}
+
+// ---------------------------------------------------------------------------
+// Room: the log of everything to be heard, and the readers that follow it.
+//
+//  client ─lines→ Room.say() ─→ [ segment ]→[ segment ]→[ e41 | e42 | e43 ]
+//                                   ▲                                ▲
+//                             slow reader                     everyone else
+//
+// Appending encodes once and touches no reader. At the end of the turn each
+// reader that is not writing starts one write of all that it has not heard; the
+// others look again when theirs ends, so that under load lines leave together.
+// ---------------------------------------------------------------------------
+
+/** The log is kept in segments of this many bytes, written once and never
+ * again: a write in flight can hold on to one safely. */
+const SEGMENT_BYTES = 65_536;
+
+/** The window: how many segments are kept (4 MiB). Who needs an older one is too
+ * slow. This is the bound on the room's memory, however many listen. */
+const WINDOW_SEGMENTS = 64;
+
+/** The most entries in a segment, so that the window holds few objects even if
+ * every line is one byte long. */
+const SEGMENT_ENTRIES = 2_048;
+
+/** The most bytes, in a batch that only one reader can have, that are copied to
+ * leave in one write. With the one after, it bounds a stalled reader's memory. */
+const OWN_BATCH_BYTES = 16_384;
+
+/** The most characters in one entry, so that each fits a segment: three bytes
+ * a character at most, with a last line and its prefix on top. */
+const ENTRY_CHARACTERS = 8_192;
+
+/** How many bytes may be added in a turn before input waits for the next one:
+ * each reader that keeps up writes at least a segment a turn. */
+const TURN_BYTES = SEGMENT_BYTES;
+
+/** A room of more people than this hears of comings and goings once a second. */
+const CROWD = 50;
+
+/** How many names a list of who is here gives before it only counts. */
+const LISTED_NAMES = 20;
+
+/** Why a reader who fell out of the window is gone. */
+const TOO_SLOW = "too slow";
+
+const SERVER = 0, EVERYONE = 0;
+
+/** A stretch of a segment that the same readers hear. */
+interface Entry {
+  /** Where it ends in the segment, in bytes. */
+  end: number;
+  /** The {@linkcode Reader.id} of who said it, who does not get it back. */
+  from: number;
+  /** The id of the only one who hears it, or {@linkcode EVERYONE}. */
+  to: number;
+  /** Whether it tells of a coming or going, which some do not want to hear. */
+  coming: boolean;
+}
+
+class Segment {
+  next: Segment | null = null;
+  readonly entries: Entry[] = [];
+  readonly bytes = new Uint8Array(SEGMENT_BYTES);
+  #lastPersonal = -1;
+  #batches = new Map<number, Uint8Array>();
+
+  /** @param first the number of its first entry, counted over the whole log */
+  constructor(readonly first: number) {}
+
+  get length(): number {
+    return this.entries.at(-1)?.end ?? 0;
+  }
+
+  /** Where the entry at `index` begins, in bytes. */
+  start(index: number): number {
+    return index === 0 ? 0 : this.entries[index - 1].end;
+  }
+
+  /** Adds an entry, sets where it ends, and returns its length in bytes; 0 if
+   * it does not fit. */
+  add(content: string | Uint8Array, entry: Entry): number {
+    if (this.entries.length === SEGMENT_ENTRIES) return 0;
+    const start = this.length, rest = this.bytes.subarray(start);
+    let length = content.length;
+    if (typeof content === "string") {
+      const { read, written } = encoder.encodeInto(content, rest);
+      if (read < content.length) return 0;
+      length = written;
+    } else {
+      if (length > rest.length) return 0;
+      rest.set(content);
+    }
+    if (entry.to !== EVERYONE) this.#lastPersonal = this.entries.length;
+    entry.end = start + length;
+    this.entries.push(entry);
+    this.#batches.clear();
+    return length;
+  }
+
+  /** What everyone may hear from the entry at `index` to the end, as the one
+   * buffer that is written to all who stand there. */
+  batch(index: number): Uint8Array {
+    let batch = this.#batches.get(index);
+    if (batch === undefined) {
+      batch = index > this.#lastPersonal
+        ? this.bytes.subarray(this.start(index), this.length)
+        : this.#withoutPersonal(index);
+      this.#batches.set(index, batch);
+    }
+    return batch;
+  }
+
+  #withoutPersonal(index: number): Uint8Array {
+    const parts: Uint8Array[] = [];
+    for (let i = index; i < this.entries.length; i++) {
+      if (this.entries[i].to === EVERYONE) {
+        parts.push(this.bytes.subarray(this.start(i), this.entries[i].end));
+      }
+    }
+    return concatenate(parts);
+  }
+}
+
+/**
+ * Someone who hears the room: a cursor into the log, and whom it leaves out.
+ *
+ * Batches are shared. Only a reader whom an entry treats specially needs one of
+ * its own, and the number of the last such entry tells that at once.
+ */
+abstract class Reader {
+  readonly id: number;
+  name = "";
+  /** Those whom it does not want to hear, by id. */
+  ignored: Map<number, Reader> | null = null;
+  /** Those who do not want to hear it. */
+  ignoredBy: Set<Reader> | null = null;
+  /** Who last spoke to it alone. */
+  correspondent: Reader | null = null;
+  #segment: Segment | null = null;
+  #index = 0;
+  #special = -1;
+  #last = Infinity;
+  /** What leaves before anything of the log: greetings and questions. */
+  #direct: Uint8Array | null = null;
+  /** What is being written, or is left of what was. */
+  #batch: Uint8Array | null = null;
+  #writing = false;
+
+  constructor(readonly room: Room) {
+    this.id = room.nextId();
+  }
+
+  /** Writes some of `bytes`, and tells how many. */
+  protected abstract write(bytes: Uint8Array): Promise<number>;
+
+  /** It has been given all that it will ever hear. */
+  protected abstract finished(): void;
+
+  /** Writing to it failed. */
+  protected abstract writeFailed(): void;
+
+  /** The window has moved past its cursor. */
+  abstract tooSlow(): void;
+
+  /** Leaves, as if of its own accord. */
+  abstract leave(reason: string): void;
+
+  /** Sends something that is not in the log, ahead of what is. */
+  send(text: string | Uint8Array): void {
+    const bytes = typeof text === "string" ? encoder.encode(text) : text;
+    this.#direct = this.#direct ? concatenate([this.#direct, bytes]) : bytes;
+    this.pump();
+  }
+
+  /** Whether it hears the log, rather than only what is sent to it. */
+  get inside(): boolean {
+    return this.#segment !== null;
+  }
+
+  /** Begins to hear, with the next entry. */
+  joinLog(): void {
+    this.#segment = this.room.tail;
+    this.#index = this.#segment.entries.length;
+  }
+
+  /** Hears the log up to here and no further, then {@linkcode finished}. */
+  endLog(): void {
+    this.#last = this.#special = this.room.nextEntry;
+  }
+
+  /** Hears nothing more. */
+  protected dropLog(): void {
+    this.#segment = this.#direct = this.#batch = null;
+    this.#writing = true; // a write in flight is the last
+  }
+
+  ignore(other: Reader): void {
+    (this.ignored ??= new Map()).set(other.id, other);
+    (other.ignoredBy ??= new Set()).add(this);
+  }
+
+  /** Tells whether it did ignore `other`. */
+  stopIgnoring(other: Reader): boolean {
+    other.ignoredBy?.delete(this);
+    return this.ignored?.delete(other.id) ?? false;
+  }
+
+  /** The entry of this number concerns it in a way of its own. */
+  markSpecial(entry: number): void {
+    if (this.#special < entry) this.#special = entry;
+  }
+
+  /** Whether it stands before `segment`. */
+  isBehind(segment: Segment): boolean {
+    return this.#segment !== null && this.#segment.first < segment.first;
+  }
+
+  /** Starts to write what it has not heard, unless it is writing. */
+  pump(): void {
+    if (this.#writing) return;
+    this.#batch ??= this.#next();
+    if (this.#batch === null) {
+      if (this.#last !== Infinity) this.finished();
+      return;
+    }
+    this.#writing = true;
+    // Not an async function: its promises cost a tenth of a delivery.
+    this.write(this.#batch).then(this.#written, this.#notWritten);
+  }
+
+  #written = (count: number): void => {
+    if (this.#batch === null) return; // dropped meanwhile
+    this.#writing = false;
+    this.#batch = count < this.#batch.length
+      ? this.#batch.subarray(count)
+      : null;
+    this.pump();
+  };
+
+  #notWritten = (): void => {
+    this.dropLog();
+    this.writeFailed();
+  };
+
+  #next(): Uint8Array | null {
+    if (this.#direct !== null) {
+      const direct = this.#direct;
+      this.#direct = null;
+      return direct;
+    }
+    while (this.#segment !== null) {
+      const segment = this.#segment;
+      if (this.#index === segment.entries.length) {
+        if (segment.next === null) return null;
+        this.#segment = segment.next;
+        this.#index = 0;
+        continue;
+      }
+      let batch: Uint8Array;
+      if (segment.first + this.#index > this.#special) {
+        batch = segment.batch(this.#index);
+        this.#index = segment.entries.length;
+      } else batch = this.#ownBatch(segment);
+      if (batch.length > 0) return batch;
+    }
+    return null;
+  }
+
+  /** The next stretches that this reader hears: the first as it lies in the
+   * segment, or a few short ones copied together. */
+  #ownBatch(segment: Segment): Uint8Array {
+    const { entries } = segment, parts: Uint8Array[] = [];
+    let length = 0, index = this.#index;
+    while (index < entries.length) {
+      if (!this.#hears(entries[index], segment.first + index)) {
+        index++;
+        continue;
+      }
+      const start = segment.start(index);
+      let to = index;
+      while (
+        to < entries.length && this.#hears(entries[to], segment.first + to)
+      ) to++;
+      const end = entries[to - 1].end;
+      if (length > 0 && length + end - start > OWN_BATCH_BYTES) break;
+      parts.push(segment.bytes.subarray(start, end));
+      length += end - start;
+      index = to;
+    }
+    this.#index = index;
+    return parts.length === 1 ? parts[0] : concatenate(parts);
+  }
+
+  #hears({ from, to, coming }: Entry, number: number): boolean {
+    return number < this.#last &&
+      (to === EVERYONE ? from !== this.id : to === this.id) &&
+      !(coming && this.room.quiet.has(this)) && !this.ignored?.has(from);
+  }
+}
+
+type Coming = "entered" | "left";
+
+function comingText(what: Coming, name: string, reason: string): string {
+  return `${name} has ${what} the room${reason && ` (${reason})`}`;
+}
+
+/** Comings and goings of a crowd, counted until it is told of them. */
+class Comings {
+  #entered = 0;
+  #left = 0;
+  #slow = 0;
+  #last = ["", ""];
+  #lastWhat: Coming = "entered";
+
+  add(what: Coming, name: string, reason: string): void {
+    if (what === "entered") this.#entered++;
+    else this.#left++;
+    if (reason === TOO_SLOW) this.#slow++;
+    this.#lastWhat = what;
+    this.#last = [name, reason];
+  }
+
+  get text(): string {
+    const entered = this.#entered, left = this.#left;
+    if (entered + left === 1) {
+      return comingText(this.#lastWhat, this.#last[0], this.#last[1]);
+    }
+    const have = (count: number) => count === 1 ? "has" : "have";
+    const people = (count: number) =>
+      `${count} ${count === 1 ? "person" : "people"} ${have(count)}`;
+    const slow = this.#slow ? ` (${this.#slow} ${TOO_SLOW})` : "";
+    if (entered === 0) return `${people(left)} left the room${slow}`;
+    const came = `${people(entered)} entered the room`;
+    return left === 0 ? came : `${came}, ${left} ${have(left)} left${slow}`;
+  }
+}
+
+/** The people, what they say, and the log of it. */
+class Room {
+  /** Everyone who is connected, whether inside already or not. */
+  readonly readers = new Set<Reader>();
+  /** Those who have a name, by {@linkcode nameKey}. */
+  readonly people = new Map<string, Reader>();
+  /** Those who do not want to hear who comes and goes. */
+  readonly quiet = new Set<Reader>();
+  /** The first names of those who are here, as they are listed. */
+  #listed: string | null = null;
+  #head = new Segment(0);
+  #tail = this.#head;
+  #segments = 1;
+  #history: string[] = [];
+  #flushing = false;
+  #lastId = 0;
+  #guests = 0;
+  /** Bytes added in this turn of the event loop, as far as it is known. */
+  #added = 0;
+  #turnTimer: Timer | undefined;
+  /** Comings and goings of a crowd that it has not heard of yet. */
+  #comings = new Comings();
+  #crowdTimer: Timer | undefined;
+  #time = { minute: 0, text: "" };
+
+  /** Whether the last line has been said. */
+  closed = false;
+
+  constructor(readonly options: Options) {}
+
+  nextId(): number {
+    return ++this.#lastId;
+  }
+
+  get tail(): Segment {
+    return this.#tail;
+  }
+
+  /** The number that the next entry will have. */
+  get nextEntry(): number {
+    return this.#tail.first + this.#tail.entries.length;
+  }
+
+  /** Whether so much was added in this turn that input must wait for the next. */
+  get crowded(): boolean {
+    return this.#added >= TURN_BYTES;
+  }
+
+  // -- people
+
+  find(name: string): Reader | undefined {
+    return this.people.get(nameKey(name));
+  }
+
+  /** A name that nobody has. */
+  guestName(): string {
+    let name;
+    do name = `guest${++this.#guests}`; while (this.find(name));
+    return name;
+  }
+
+  /** What is wrong with a name that `reader` wants, or `null`. */
+  refusal(name: string | null, reader: Reader): string | null {
+    if (name === null) return NAME_RULE;
+    if (RESERVED_NAMES.has(nameKey(name))) {
+      return `The name ${name} is reserved.`;
+    }
+    const owner = this.find(name);
+    return owner && owner !== reader ? `The name ${name} is taken.` : null;
+  }
+
+  /** Gives `reader` a name that has no {@linkcode refusal}. */
+  setName(reader: Reader, name: string): void {
+    if (reader.name) this.#forgetName(reader);
+    if (this.people.size < LISTED_NAMES) this.#listed = null;
+    reader.name = name;
+    this.people.set(nameKey(name), reader);
+  }
+
+  /** The line that tells who is here. */
+  whoIsHere(nobody = ""): string {
+    // Kept, as a crowd at the door would have it made anew for each.
+    this.#listed ??= Array.from(
+      this.people.values().take(LISTED_NAMES),
+      ({ name }) => name,
+    ).join(", ");
+    const more = this.people.size - LISTED_NAMES;
+    const others = more > 0 ? ` and ${more} more` : "";
+    return `* The room contains: ${(this.#listed || nobody) + others}\n`;
+  }
+
+  /** `reader`, who has a name, begins to hear and be heard. */
+  enter(reader: Reader): void {
+    this.#tellComing("entered", reader.name, "");
+    reader.joinLog();
+  }
+
+  /** Takes `reader` out, who may still be given what was said before. */
+  leave(reader: Reader, reason: string): void {
+    this.quiet.delete(reader);
+    for (const other of reader.ignored?.values() ?? []) {
+      other.ignoredBy?.delete(reader);
+    }
+    if (reader.name && this.#forgetName(reader)) {
+      this.#tellComing("left", reader.name, reason);
+    }
+  }
+
+  #forgetName(reader: Reader): boolean {
+    this.#listed = null;
+    return this.people.delete(nameKey(reader.name));
+  }
+
+  // -- talk
+
+  /** `from` says lines, or does them (`/me`): everyone else hears it. */
+  say(
+    from: Reader,
+    lines: readonly string[],
+    prefix: string = this.prefix(from),
+  ): void {
+    const { raw, history } = this.options;
+    const start = this.stamp() + prefix;
+    let text = "";
+    for (const line of lines) {
+      text += start + line + "\n";
+      if (text.length > ENTRY_CHARACTERS) {
+        this.#append(text, from);
+        text = "";
+      }
+    }
+    if (text) this.#append(text, from);
+    if (raw || history === 0) return;
+    for (const line of lines.slice(-history)) this.#history.push(start + line);
+    if (this.#history.length > 2 * history) {
+      this.#history = this.#history.slice(-history);
+    }
+  }
+
+  /** What stands before a line that `from` says. */
+  prefix(from: Reader): string {
+    return this.options.raw ? "" : `[${from.name}] `;
+  }
+
+  /** The last lines said, for a newcomer. */
+  get history(): string {
+    const { history } = this.options;
+    return history === 0
+      ? ""
+      : this.#history.slice(-history).map((line) => line + "\n").join("");
+  }
+
+  /** Tells one reader something, in its place among what the room hears. */
+  tell(reader: Reader, content: string | Uint8Array, from?: Reader): void {
+    if (reader.inside) this.#append(content, from, reader);
+    else reader.send(content);
+  }
+
+  /** `from` speaks to `to` alone. */
+  sayPrivately(from: Reader, to: Reader, text: string): void {
+    const time = this.stamp();
+    this.tell(to, `${time}[${from.name} -> you] ${text}\n`, from);
+    this.tell(from, `${time}[you -> ${to.name}] ${text}\n`);
+    to.correspondent = from;
+  }
+
+  /** The room's own words to everyone. */
+  notice(text: string): void {
+    this.#append(`* ${text}\n`);
+  }
+
+  /** The time of day before a line said, if it is wanted. */
+  stamp(): string {
+    if (!this.options.timestamps) return "";
+    const minute = Math.floor(Date.now() / 60_000);
+    if (minute !== this.#time.minute) {
+      this.#time = {
+        minute,
+        text: new Date().toTimeString().slice(0, 5) + " ",
+      };
+    }
+    return this.#time.text;
+  }
+
+  /** In a small room at once; in a crowd one line a second, lest comings drown
+   * the talk, and past a thousand people seldomer, lest they keep the server
+   * busy: a thousand deliveries a second at most. */
+  #tellComing(what: Coming, name: string, reason: string): void {
+    if (this.options.raw || this.closed) return;
+    if (this.people.size <= CROWD && this.#crowdTimer === undefined) {
+      return this.#noticeComing(comingText(what, name, reason));
+    }
+    this.#comings.add(what, name, reason);
+    const wait = Math.max(1_000, this.people.size);
+    this.#crowdTimer ??= setTimeout(() => this.#tellCrowd(), wait);
+  }
+
+  #tellCrowd(): void {
+    this.#noticeComing(this.#comings.text);
+    this.#comings = new Comings();
+    this.#crowdTimer = undefined;
+  }
+
+  #noticeComing(text: string): void {
+    this.#append(`* ${text}\n`, undefined, undefined, true);
+  }
+
+  /** Says the last line that anyone hears. */
+  close(): void {
+    this.closed = true;
+    clearTimeout(this.#crowdTimer);
+    const line = this.options.raw ? "Shutdown Server\n" : "* Shutdown Server\n";
+    for (const reader of this.readers) if (!reader.inside) reader.send(line);
+    this.#append(line);
+  }
+
+  // -- the log
+
+  #append(
+    content: string | Uint8Array,
+    from?: Reader,
+    to?: Reader,
+    coming = false,
+  ): void {
+    const entry = {
+      end: 0,
+      from: from?.id ?? SERVER,
+      to: to?.id ?? EVERYONE,
+      coming,
+    };
+    let added = this.#tail.add(content, entry);
+    if (added === 0) {
+      this.#moveWindow();
+      added = this.#tail.add(content, entry);
+    }
+    const number = this.nextEntry - 1;
+    to?.markSpecial(number);
+    if (from) {
+      from.markSpecial(number);
+      if (from.ignoredBy) {
+        for (const reader of from.ignoredBy) reader.markSpecial(number);
+      }
+    }
+    if (coming) { for (const reader of this.quiet) reader.markSpecial(number); }
+
+    this.#added += added;
+    if (this.#added > TURN_BYTES / 4) {
+      this.#turnTimer ??= setTimeout(() => {
+        this.#added = 0;
+        this.#turnTimer = undefined;
+      }, 0);
+    }
+    if (this.#flushing) return;
+    this.#flushing = true;
+    // Not a microtask: by then the event loop has looked at the sockets once
+    // more, and what else was said leaves in the same writes (a sixth more
+    // deliveries in a room of a hundred, and no more delay between two).
+    setImmediate(this.#flush);
+  }
+
+  #flush = (): void => {
+    this.#flushing = false;
+    for (const reader of this.readers) reader.pump();
+  };
+
+  #moveWindow(): void {
+    this.#tail = this.#tail.next = new Segment(this.nextEntry);
+    if (++this.#segments <= WINDOW_SEGMENTS) return;
+    this.#segments--;
+    this.#head = this.#head.next!;
+    // Now, not when its write ends: it may never end.
+    for (const reader of this.readers) {
+      if (reader.isBehind(this.#head)) reader.tooSlow();
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------
+// Client: one person's connection. It is read into lines, which are paced, and
+// hears the room until it leaves.
+// ---------------------------------------------------------------------------
+
+/** The least and the most that is read at once, in bytes. Who only listens has
+ * the least waiting; each full read doubles it, each small one ends that. */
+const LEAST_READ_BYTES = 512, MOST_READ_BYTES = 65_536;
+
+/** How many seconds' worth of lines a client has in hand at the start. */
+const BURST_SECONDS = 5;
+
+/** How long one who leaves is given to take what is still due to it. */
+const LINGER_MILLISECONDS = 1_000;
+
+/** The first line of an HTTP request (RFC 9112, section 3). */
+const HTTP_REQUEST = /^[A-Z]+ \S+ HTTP\/\d/;
+
+/** What the server needs of a connection: TCP is one kind of door to the room. */
+export interface Connection {
+  /** Reads into `buffer`; resolves to the number of bytes, `null` at the end. */
+  read(buffer: Uint8Array): Promise<number | null>;
+  /** Writes some of `bytes`; resolves to how many. */
+  write(bytes: Uint8Array): Promise<number>;
+  /** Ends both directions at once, with whatever is pending. */
+  close(): void;
+  /** Ends what is written (a half-close), where the connection can do that. */
+  closeWrite?(): Promise<void>;
+}
+
+/** What a client does not know itself but asks of its server. */
+interface ClientEvents {
+  /** A line that begins with a slash. */
+  command(client: Client, line: string): void;
+  /** It has left the room. */
+  left(client: Client, reason: string): void;
+  /** Its connection is closed. */
+  closed(client: Client): void;
+}
+
+class Client extends Reader {
+  /** Who gets the next line instead of the room: the asker of a question. */
+  asker: ((line: string) => void) | null = null;
+  #leaving = false;
+  #closed = false;
+  #deaf = false;
+  /** Nothing more will come from it. */
+  #ended = false;
+  /** All that is due to it has been written. */
+  #finished = false;
+  #spoken = false;
+  #buffer = new Uint8Array(LEAST_READ_BYTES);
+  /** Made with the first words: many only listen. */
+  #splitter: LineSplitter | null = null;
+  /** Lines that wait for their time, from `#nextHeld` on. */
+  #held: readonly string[] = NO_LINES;
+  #nextHeld = 0;
+  #tokens: number;
+  #refilled = 0;
+  #pauseTimer: Timer | undefined;
+  #lingerTimer: Timer | undefined;
+
+  constructor(
+    room: Room,
+    readonly connection: Connection,
+    /** Where it comes from: an address, and the port there. */
+    readonly address: string,
+    readonly port: number,
+    readonly events: ClientEvents,
+  ) {
+    super(room);
+    this.#tokens = room.options.rate * BURST_SECONDS;
+  }
+
+  /** Its address and port, in the usual form. */
+  get origin(): string {
+    return formatAddress(this.address, this.port);
+  }
+
+  // -- reading
+
+  /** Reads on until the end. */
+  read(): void {
+    this.connection.read(this.#buffer).then(this.#received, this.#readFailed);
+  }
+
+  #received = (count: number | null): void => {
+    if (this.#closed) return;
+    if (count === null) {
+      this.#ended = true;
+      if (this.#leaving) return this.#finished ? this.#close() : undefined;
+      this.#held = this.#splitter?.end() ?? NO_LINES;
+    } else {
+      if (this.#leaving) return this.read(); // and look at nothing more of it
+      this.#splitter ??= new LineSplitter();
+      this.#held = this.#splitter.push(this.#buffer.subarray(0, count));
+      this.#sizeBuffer(count);
+      if (this.#splitter.reply) this.#replyToTelnet(this.#splitter.reply);
+    }
+    this.#hearHeld();
+  };
+
+  #readFailed = (): void => {
+    if (this.#leaving) this.#close();
+    else this.leave("", { drain: false });
+  };
+
+  #sizeBuffer(count: number): void {
+    const size = this.#buffer.length;
+    if (count === size && size < MOST_READ_BYTES) {
+      this.#buffer = new Uint8Array(size * 2);
+    } else if (count < size / 4 && size > LEAST_READ_BYTES) {
+      this.#buffer = new Uint8Array(LEAST_READ_BYTES);
+    }
+  }
+
+  #replyToTelnet(reply: Uint8Array): void {
+    this.#splitter!.reply = null;
+    this.room.tell(this, reply);
+    this.#tokens--; // it costs a line, or it could be had without a bound
+  }
+
+  /** Gives the lines held to the room, as fast as they may come, and then reads
+   * on: what is not read, TCP holds back at the sender. Nothing is dropped. */
+  #hearHeld(): void {
+    while (this.#nextHeld < this.#held.length) {
+      if (this.#leaving) break;
+      const pause = this.#pause();
+      if (pause !== null) {
+        this.#pauseTimer = setTimeout(() => this.#hearHeld(), pause);
+        return;
+      }
+      this.#hearSome();
+    }
+    if (this.#closed) return;
+    this.#held = NO_LINES;
+    this.#nextHeld = 0;
+    if (!this.#ended) this.read();
+    else if (!this.#leaving) this.leave("");
+  }
+
+  /** How many milliseconds the next line has to wait, or `null`. */
+  #pause(): number | null {
+    if (this.room.crowded) return 0;
+    const { rate } = this.room.options;
+    if (rate === 0) return null;
+    // A token bucket: `rate` lines a second, BURST_SECONDS' worth at most.
+    const now = performance.now();
+    const earned = (now - this.#refilled) * rate / 1_000;
+    this.#tokens = Math.min(this.#tokens + earned, rate * BURST_SECONDS);
+    this.#refilled = now;
+    return this.#tokens >= 1 ? null : (1 - this.#tokens) * 1_000 / rate;
+  }
+
+  /** Hears the next lines held: a run of talk as one entry, or one other line. */
+  #hearSome(): void {
+    const first = this.#held[this.#nextHeld];
+    if (!this.#spoken) {
+      this.#spoken = true;
+      if (HTTP_REQUEST.test(first)) return this.#refuseHttp();
+    }
+    const { rate, raw } = this.room.options;
+    const command = !raw && first.charCodeAt(0) === SLASH;
+    if (this.asker !== null || command) {
+      this.#nextHeld++;
+      this.#tokens--;
+      if (this.asker !== null) this.asker(first);
+      else if (first.charCodeAt(1) === SLASH) {
+        this.room.say(this, [first.slice(1)]);
+      } else this.events.command(this, first);
+      return;
+    }
+    const allowed = rate === 0 ? Infinity : Math.floor(this.#tokens);
+    const start = this.#nextHeld;
+    let end = start, characters = 0;
+    do characters += this.name.length + this.#held[end++].length; while (
+      end < this.#held.length && end - start < allowed &&
+      characters < ENTRY_CHARACTERS &&
+      (raw || this.#held[end].charCodeAt(0) !== SLASH)
+    );
+    this.#nextHeld = end;
+    this.#tokens -= end - start;
+    this.room.say(
+      this,
+      end - start === this.#held.length
+        ? this.#held
+        : this.#held.slice(start, end),
+    );
+  }
+
+  #refuseHttp(): void {
+    const text = "This is a Parley chat room, not a web site.\n" +
+      "Join it from a terminal: nc HOST PORT\n";
+    this.room.tell(
+      this,
+      `HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n` +
+        `Content-Length: ${text.length}\r\nConnection: close\r\n\r\n${text}`,
+    );
+    this.leave("a web request");
+  }
+
+  // -- hearing
+
+  protected write(bytes: Uint8Array): Promise<number> {
+    return this.connection.write(bytes);
+  }
+
+  protected writeFailed(): void {
+    // It is gone, but may have said something before: the read will tell.
+    this.#deaf = true;
+    if (this.#leaving) this.#close();
+  }
+
+  tooSlow(): void {
+    if (this.#leaving) this.#close();
+    else this.leave(TOO_SLOW, { drain: false });
+  }
+
+  // -- leaving
+
+  /** Leaves the room. What it has not heard yet is still sent, for a second at
+   * most, unless `drain` is false. */
+  leave(reason: string, { drain = true } = {}): void {
+    if (this.#leaving) return;
+    this.#leaving = true;
+    this.endLog();
+    this.room.leave(this, reason);
+    this.events.left(this, reason);
+    if (!drain || this.#deaf) return this.#close();
+    this.#lingerTimer = setTimeout(() => this.#close(), LINGER_MILLISECONDS);
+    this.pump();
+  }
+
+  protected finished(): void {
+    if (this.#finished) return;
+    this.#finished = true;
+    const { connection, room } = this;
+    if (this.#ended || room.closed || !connection.closeWrite) this.#close();
+    // To close with something unread would reset the connection, and what was
+    // sent last could be lost on the way: end this side, and await the other.
+    else connection.closeWrite().catch(() => this.#close());
+  }
+
+  #close(): void {
+    if (this.#closed) return;
+    this.#closed = true;
+    clearTimeout(this.#pauseTimer);
+    clearTimeout(this.#lingerTimer);
+    this.dropLog();
+    this.connection.close();
+    this.events.closed(this);
+  }
+}
+
+// ---------------------------------------------------------------------------
+// Commands: what a line that begins with a slash does. /help is printed from
+// the same table.
+// ---------------------------------------------------------------------------
+
+interface Command {
+  name: string;
+  /** What is typed after the name: needed, unless it stands in brackets. */
+  arguments?: string;
+  help: string;
+  run(client: Client, text: string): void;
+}
+
+/** How many people one can ignore. */
+const MOST_IGNORED = 1_000;
+
+const COMMANDS: Command[] = [
+  { name: "help", help: "this list", run: printHelp },
+  {
+    name: "nick",
+    arguments: "NAME",
+    help: "take another name",
+    run(client, text) {
+      const { room } = client, name = normalizeName(text);
+      const refusal = room.refusal(name, client);
+      if (refusal) fail(client, `${refusal} Choose one with /nick NAME.`);
+      else if (name === client.name) fail(client, `You are ${name} already.`);
+      else {
+        room.notice(`${client.name} is now known as ${name}`);
+        room.setName(client, name!);
+      }
+    },
+  },
+  {
+    name: "who",
+    help: "who is here",
+    run: (client) => client.room.tell(client, client.room.whoIsHere()),
+  },
+  {
+    name: "me",
+    arguments: "ACTION",
+    help: "do something: /me waves",
+    run: (client, text) =>
+      client.room.say(client, [text], `** ${client.name} `),
+  },
+  {
+    name: "msg",
+    arguments: "NAME TEXT",
+    help: "say something to one person alone",
+    run(client, text) {
+      const [, name, message] = /^(\S+)\s+(.*)$/.exec(text) ?? [];
+      if (!message) return fail(client, `Type /msg NAME TEXT.`);
+      const person = findPerson(client, name);
+      if (person) client.room.sayPrivately(client, person, message);
+    },
+  },
+  {
+    name: "reply",
+    arguments: "TEXT",
+    help: "answer the last who spoke to you alone",
+    run(client, text) {
+      const { room, correspondent } = client;
+      if (correspondent === null) {
+        fail(client, "Nobody has spoken to you alone. Type /msg NAME TEXT.");
+      } else if (room.find(correspondent.name) !== correspondent) {
+        fail(client, `${correspondent.name} has left the room.`);
+      } else room.sayPrivately(client, correspondent, text);
+    },
+  },
+  {
+    name: "ignore",
+    arguments: "NAME",
+    help: "do not hear NAME (again to stop that)",
+    run(client, text) {
+      const person = findPerson(client, text);
+      if (person === null) return;
+      const { name } = person;
+      if (person === client) fail(client, "That is you. Type another's name.");
+      else if (client.stopIgnoring(person)) {
+        client.room.tell(client, `* You hear ${name} again.\n`);
+      } else if (client.ignored?.size === MOST_IGNORED) {
+        fail(client, `You ignore ${MOST_IGNORED} people, which is the most.`);
+      } else {
+        client.ignore(person);
+        client.room.tell(
+          client,
+          `* You do not hear ${name} now. Type /ignore ${name} to stop that.\n`,
+        );
+      }
+    },
+  },
+  {
+    name: "quiet",
+    help: "do not hear who enters and leaves (again to stop that)",
+    run(client) {
+      const { room } = client;
+      if (room.quiet.delete(client)) {
+        room.tell(client, "* You hear who enters and leaves again.\n");
+      } else {
+        room.quiet.add(client);
+        room.tell(
+          client,
+          "* You do not hear who enters and leaves now. Type /quiet to stop that.\n",
+        );
+      }
+    },
+  },
+  {
+    name: "quit",
+    arguments: "[REASON]",
+    help: "leave the room",
+    run: (client, text) => client.leave(text),
+  },
+];
+
+function printHelp(client: Client): void {
+  const rows = [
+    ...COMMANDS.map((command) => [usage(command), command.help]),
+    ["//TEXT", "say /TEXT"],
+    ["TEXT", "say TEXT to everyone here"],
+  ];
+  const lines = rows.map(([typed, help]) => `* ${typed.padEnd(17)}${help}\n`);
+  client.room.tell(client, lines.join(""));
+}
+
+function usage({ name, arguments: args }: Command): string {
+  return args ? `/${name} ${args}` : `/${name}`;
+}
+
+/** Tells a client what was wrong with its command, and what to do. */
+function fail(client: Client, text: string): void {
+  client.room.tell(client, `! ${text}\n`);
+}
+
+function findPerson(client: Client, name: string): Reader | null {
+  const person = client.room.find(name);
+  if (person) return person;
+  fail(client, `Nobody here is called ${name}. Type /who for who is here.`);
+  return null;
+}
+
+/** Does what a line that begins with a slash says. */
+function obey(client: Client, line: string): void {
+  const [, name, text] = /^\/(\S*)\s*(.*?)\s*$/.exec(line)!;
+  const command = COMMANDS.find((it) => it.name === name.toLowerCase());
+  if (command === undefined) {
+    fail(
+      client,
+      `There is no command /${name}. Type /help for a list, or / before the line to say it.`,
+    );
+  } else if (text === "" && /^\w/.test(command.arguments ?? "")) {
+    fail(client, `Type ${usage(command)}.`);
+  } else command.run(client, text);
+}
+
+// ---------------------------------------------------------------------------
+// Server: the listener, who is let in, and the end.
+// ---------------------------------------------------------------------------
+
+/** How long to wait when the system accepts no connections for the moment. */
+const ACCEPT_RETRY_MILLISECONDS = 100;
+
+/** How seldom to say again that it does not. */
+const ACCEPT_REPORT_MILLISECONDS = 60_000;
+
+/** Where a server's own words go; by default nowhere. */
+export interface Reports {
+  /** Comings and goings, a line each. */
+  print?: (line: string) => void;
+  /** What went wrong, a line each. */
+  warn?: (line: string) => void;
+}
+
+/**
+ * A chat room on a TCP port.
+ *
+ * @example A room for as long as a block runs
+ * ```ts
+ * import { assertEquals } from "@std/assert";
+ * import { ChatServer } from "./main.ts";
+ *
+ * await using server = ChatServer.listen({
+ *   host: "127.0.0.1",
+ *   port: 0,
+ *   raw: true,
+ * });
+ * using alice = await Deno.connect({ port: server.addr.port });
+ * using bob = await Deno.connect({ port: server.addr.port });
+ * await alice.write(new TextEncoder().encode("hello\n"));
+ *
+ * const buffer = new Uint8Array(100);
+ * const count = await bob.read(buffer);
+ * assertEquals(new TextDecoder().decode(buffer.subarray(0, count!)), "hello\n");
+ * ```
+ */
+export class ChatServer implements AsyncDisposable {
+  /** The address that it listens on; a port that was 0 is the real one here. */
+  readonly addr: Deno.NetAddr;
+  /** Resolves when the server has stopped and every connection is closed. */
+  readonly finished: Promise<void>;
+  readonly #options: Options;
+  readonly #reports: Reports;
+  readonly #listener: Deno.TcpListener;
+  readonly #room: Room;
+  /** How many of each address are here. */
+  readonly #addresses = new Map<string, number>();
+  #here = 0;
+  readonly #accepting: Promise<void>;
+  #stopped: Promise<void> | null = null;
+  #empty = Promise.withResolvers<void>();
+  #lastAcceptReport = -Infinity;
+
+  /** Use {@linkcode ChatServer.listen}. */
+  private constructor(options: Options, reports: Reports) {
+    this.#options = options;
+    this.#reports = reports;
+    this.#room = new Room(options);
+    this.#listener = Deno.listen({
+      hostname: options.host,
+      port: options.port,
+    });
+    this.addr = this.#listener.addr as Deno.NetAddr;
+    this.#accepting = this.#accept();
+    this.finished = this.#accepting.then(() => this.stop());
+  }
+
+  /**
+   * Opens a room.
+   *
+   * @param options what differs from the defaults of the command line
+   * @param reports where comings and goings, and troubles, are told
+   * @returns the server, which accepts connections already
+   * @throws {Deno.errors.AddrInUse} if the port is in use
+   * @throws {Deno.errors.AddrNotAvailable} if the address is not this machine's
+   * @throws {Deno.errors.NotCapable} if `--allow-net` does not cover it
+   *
+   * @example
+   * ```ts
+   * import { ChatServer } from "./main.ts";
+   *
+   * const server = ChatServer.listen({ host: "127.0.0.1", port: 0, rate: 5 });
+   * setTimeout(() => server.stop(), 100);
+   * await server.finished;
+   * ```
+   */
+  static listen(
+    options: Partial<Options> = {},
+    reports: Reports = {},
+  ): ChatServer {
+    const { history } = options.askName ? { history: 0 } : DEFAULTS;
+    return new ChatServer({ ...DEFAULTS, history, ...options }, reports);
+  }
+
+  /**
+   * Stops the server: nobody is let in any more, everyone is told
+   * `Shutdown Server`, has a second to take what is due, and is disconnected.
+   *
+   * @returns a promise that resolves when every connection is closed
+   *
+   * @example
+   * ```ts
+   * import { ChatServer } from "./main.ts";
+   *
+   * const server = ChatServer.listen({ host: "127.0.0.1", port: 0 });
+   * await server.stop();
+   * ```
+   */
+  stop(): Promise<void> {
+    return this.#stopped ??= this.#stop();
+  }
+
+  /** Stops the server at the end of an `await using` block. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.stop();
+  }
+
+  async #stop(): Promise<void> {
+    this.#listener.close();
+    this.#room.close();
+    for (const reader of this.#room.readers) reader.leave("");
+    if (this.#room.readers.size > 0) await this.#empty.promise;
+    await this.#accepting; // only then is the port free
+  }
+
+  async #accept(): Promise<void> {
+    while (this.#stopped === null) {
+      try {
+        for await (const conn of this.#listener) {
+          conn.setNoDelay(true); // a line does not wait for another to join it
+          conn.setKeepAlive(true); // who vanished is noticed some day
+          this.admit(conn, conn.remoteAddr);
+        }
+      } catch (error) {
+        // Out of descriptors, for one. The listener itself is still good.
+        if (this.#stopped !== null) return;
+        if (error instanceof Deno.errors.ConnectionAborted) continue;
+        this.#reportAccept(error);
+        await new Promise((resolve) =>
+          setTimeout(resolve, ACCEPT_RETRY_MILLISECONDS)
+        );
+      }
+    }
+  }
+
+  #reportAccept(error: unknown): void {
+    const now = performance.now();
+    if (now - this.#lastAcceptReport < ACCEPT_REPORT_MILLISECONDS) return;
+    this.#lastAcceptReport = now;
+    this.#reports.warn?.(
+      `Cannot accept connections for now: ${reason(error)} ` +
+        `(newcomers wait; a higher ulimit -n lets more in)`,
+    );
+  }
+
+  /**
+   * Lets someone in through another door than the TCP port: whatever can be read
+   * and written can be a client, such as a Unix socket or a WebSocket.
+   *
+   * @param connection the connection, which belongs to the server from now on
+   * @param remote where it comes from; limits hold for each `hostname`
+   *
+   * @example A Unix socket beside the TCP port
+   * ```ts
+   * import { ChatServer } from "./main.ts";
+   *
+   * await using server = ChatServer.listen({ host: "127.0.0.1", port: 0 });
+   * const path = `${await Deno.makeTempDir()}/parley.sock`;
+   * using listener = Deno.listen({ transport: "unix", path });
+   * using _guest = await Deno.connect({ transport: "unix", path });
+   * server.admit(await listener.accept(), { hostname: path, port: 0 });
+   * ```
+   */
+  admit(
+    connection: Connection,
+    remote: { hostname: string; port: number },
+  ): void {
+    const { maxClients, maxPerAddress, raw, askName } = this.#options;
+    const address = plainAddress(remote.hostname);
+    const fromHere = this.#addresses.get(address) ?? 0;
+    if (this.#room.closed) return connection.close();
+    if (this.#here >= maxClients) {
+      return refuse(connection, "The room is full. Try again later.");
+    }
+    if (maxPerAddress > 0 && fromHere >= maxPerAddress) {
+      return refuse(connection, "Too many here are from your address.");
+    }
+    const client = new Client(
+      this.#room,
+      connection,
+      address,
+      remote.port,
+      this.#events,
+    );
+    this.#addresses.set(address, fromHere + 1);
+    this.#here++;
+    this.#room.readers.add(client);
+    if (raw) client.joinLog();
+    else if (askName) this.#askName(client);
+    else this.#enter(client, this.#room.guestName());
+    this.#report(`New Connection from ${client.origin}`, client.name);
+    client.read();
+  }
+
+  /** Asks for a name, as Protohackers' Budget Chat does. */
+  #askName(client: Client): void {
+    client.send("* Welcome to Parley. What is your name?\n");
+    client.asker = (line) => {
+      const name = normalizeName(line);
+      const refusal = this.#room.refusal(name, client);
+      if (refusal !== null) {
+        client.send(`! ${refusal} Join again with another.\n`);
+        return client.leave(refusal);
+      }
+      client.asker = null;
+      this.#enter(client, name!);
+      this.#report(`${client.origin} is now`, client.name);
+    };
+  }
+
+  /** Greets a client, and lets it in under a name. */
+  #enter(client: Client, name: string): void {
+    const room = this.#room;
+    const welcome =
+      `* Welcome, ${name}. Type to talk, /nick NAME for a name, /help for more.\n`;
+    client.send(
+      this.#options.askName
+        ? room.whoIsHere()
+        : welcome + room.whoIsHere("nobody else yet"),
+    );
+    room.setName(client, name);
+    if (room.history) client.send(room.history);
+    room.enter(client);
+  }
+
+  readonly #events: ClientEvents = {
+    command: obey,
+    left: (client, reason) => {
+      this.#here--;
+      const { address, name } = client;
+      const fromThere = this.#addresses.get(address)! - 1;
+      if (fromThere > 0) this.#addresses.set(address, fromThere);
+      else this.#addresses.delete(address);
+      this.#report(`Connection closed by ${client.origin}`, name, reason);
+    },
+    closed: (client) => {
+      this.#room.readers.delete(client);
+      if (this.#room.readers.size === 0) this.#empty.resolve();
+    },
+  };
+
+  #report(what: string, name: string, reason = ""): void {
+    if (this.#options.quiet || this.#room.closed) return;
+    const who = (name && `${name}, `) + (reason && `${reason}, `);
+    this.#reports.print?.(`${what} (${who}${this.#here} here)`);
+  }
+}
+
+/** Tells a newcomer why it cannot come in. */
+function refuse(connection: Connection, why: string): void {
+  const close = () => connection.close();
+  connection.write(encoder.encode(`! ${why}\n`)).then(close, close);
+}
+
+/** What an error says, in one line. */
+function reason(error: unknown): string {
+  return (error instanceof Error ? error.message : String(error))
+    .replace(/\s+/g, " ");
+}
+
+// ---------------------------------------------------------------------------
+// Main: the program. It reads the command line, opens the room, and stops it on
+// a signal.
+// ---------------------------------------------------------------------------
+
+/** How many characters may wait for an output that is not read. */
+const MOST_UNPRINTED = 65_536;
+
+/**
+ * An output of the program, written behind the room's back: neither a terminal
+ * on hold (Ctrl-S) nor a pipe that nobody reads, or that is closed, stops it.
+ * `console.log` would wait for them.
+ */
+class Printer {
+  #waiting = "";
+  #missed = 0;
+  #gone = false;
+  #written: Promise<void> | null = null;
+
+  constructor(readonly output: { write(bytes: Uint8Array): Promise<number> }) {}
+
+  print(line: string): void {
+    if (this.#gone) return;
+    if (this.#waiting.length > MOST_UNPRINTED) this.#missed++;
+    else this.#waiting += line + "\n";
+    this.#written ??= this.#write();
+  }
+
+  /** Resolves when all is written, or cannot be. */
+  async flush(): Promise<void> {
+    await this.#written;
+  }
+
+  async #write(): Promise<void> {
+    try {
+      while (this.#waiting) {
+        let bytes = encoder.encode(this.#waiting);
+        this.#waiting = "";
+        while (bytes.length) {
+          bytes = bytes.subarray(await this.output.write(bytes));
+        }
+        if (this.#missed) {
+          this.#waiting += `(${this.#missed} lines not shown)\n`;
+        }
+        this.#missed = 0;
+      }
+    } catch {
+      this.#gone = true;
+    }
+    this.#written = null;
+  }
+}
+
+/** Why the room cannot be opened, and what to do. */
+function listenProblem(error: unknown): string {
+  if (error instanceof Deno.errors.NotCapable) {
+    return "the network is not permitted (run it with --allow-net)";
+  }
+  if (error instanceof Deno.errors.AddrInUse) {
+    return "the port is in use (choose another with --port)";
+  }
+  if (error instanceof Deno.errors.AddrNotAvailable) {
+    return "this machine does not have that address (choose one with --host)";
+  }
+  if (error instanceof Deno.errors.PermissionDenied) {
+    return "the system does not permit it (choose a --port above 1023)";
+  }
+  return `${reason(error)} (choose an address with --host)`;
+}
+
+function leaveWith(message: string, status: number): never {
+  console.error(`parley: ${message}`);
+  Deno.exit(status);
+}
+
+async function main(args: string[]): Promise<void> {
+  let commandLine: CommandLine;
+  try {
+    commandLine = parseOptions(args);
+  } catch (error) {
+    if (!(error instanceof UsageError)) throw error;
+    return leaveWith(error.message, 2);
+  }
+  if (commandLine.help) return console.log(helpText().trimEnd());
+  if (commandLine.version) return console.log(`parley ${config.version}`);
+
+  const output = new Printer(Deno.stdout), errors = new Printer(Deno.stderr);
+  let server: ChatServer;
+  try {
+    server = ChatServer.listen(commandLine.options, {
+      print: (line) => output.print(line),
+      warn: (line) => errors.print(`parley: ${line}`),
+    });
+  } catch (error) {
+    const { host, port } = { ...DEFAULTS, ...commandLine.options };
+    const where = formatAddress(host, port);
+    return leaveWith(`Cannot listen on ${where}: ${listenProblem(error)}`, 1);
+  }
+
+  const { hostname, port } = server.addr;
+  const anywhere = hostname === "0.0.0.0" || hostname === "::";
+  output.print(
+    `Listening on ${formatAddress(hostname, port)}. ` +
+      `Join with: nc ${anywhere ? "localhost" : hostname} ${port}`,
+  );
+
+  let stopping = false;
+  const stopOn = (signal: Deno.Signal, number: number) =>
+    Deno.addSignalListener(signal, async () => {
+      if (stopping) Deno.exit(128 + number);
+      stopping = true;
+      output.print("Shutdown Server ......");
+      const late = new Promise((resolve) =>
+        setTimeout(resolve, LINGER_MILLISECONDS)
+      );
+      await Promise.race([late, server.stop().then(() => output.flush())]);
+      Deno.exit(0);
+    });
+  stopOn("SIGINT", 2);
+  if (Deno.build.os === "windows") stopOn("SIGBREAK", 21);
+  else stopOn("SIGTERM", 15);
+  await server.finished;
+}
+
+if (import.meta.main) await main(Deno.args);

@@ -1,0 +1,1046 @@
+/**
+ * Tests of Parley: on real sockets, and on real processes where it is about
+ * signals, exit status, what is printed, permissions or limits of the system.
+ *
+ * A test waits for what it expects, and fails if that has not come in time.
+ */
+import { assert, assertEquals, assertMatch } from "@std/assert";
+import { TextLineStream as UntypedLineStream } from "@std/streams/text-line-stream";
+import config from "./deno.json" with { type: "json" };
+import { ChatServer, type Options } from "./main.ts";
+
+// The npm build of @std has no types.
+const TextLineStream: new () => TransformStream<string, string> =
+  UntypedLineStream;
+
+const encoder = new TextEncoder();
+const WAIT_MILLISECONDS = 8_000;
+const LINUX = Deno.build.os === "linux";
+
+/** Resolves like `promise`, or fails when that takes too long. */
+async function within<T>(
+  promise: Promise<T>,
+  what: string,
+  milliseconds = WAIT_MILLISECONDS,
+): Promise<T> {
+  let timer;
+  const late = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`Late: ${what}`)), milliseconds);
+  });
+  try {
+    return await Promise.race([promise, late]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** Waits until `check` holds. */
+async function eventually(
+  check: () => boolean | Promise<boolean>,
+  what: string,
+): Promise<void> {
+  const end = performance.now() + WAIT_MILLISECONDS;
+  while (!await check()) {
+    if (performance.now() > end) throw new Error(`Late: ${what}`);
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+}
+
+/** The lines of a stream, to be waited for one by one. */
+class Lines implements AsyncDisposable {
+  #reader: ReadableStreamDefaultReader<string>;
+
+  constructor(bytes: ReadableStream<Uint8Array<ArrayBuffer>>) {
+    this.#reader = bytes.pipeThrough(new TextDecoderStream())
+      .pipeThrough(new TextLineStream()).getReader();
+  }
+
+  /** The next line; `null` at the end, however it came. */
+  async next(): Promise<string | null> {
+    try {
+      const { done, value } = await within(this.#reader.read(), "a line");
+      return done ? null : value;
+    } catch (error) {
+      if (error instanceof Deno.errors.ConnectionReset) return null;
+      throw error;
+    }
+  }
+
+  /** The next line that matches, whatever stands before it. */
+  async find(pattern: RegExp): Promise<string> {
+    const passed: string[] = [];
+    for (let line; (line = await this.next()) !== null;) {
+      if (pattern.test(line)) return line;
+      passed.push(line);
+    }
+    throw new Error(`No line ${pattern} in: ${passed.join(" | ")}`);
+  }
+
+  async rest(): Promise<string[]> {
+    const lines: string[] = [];
+    for (let line; (line = await this.next()) !== null;) lines.push(line);
+    return lines;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#reader.cancel().catch(() => {});
+  }
+}
+
+/** Someone at a terminal. */
+class Guest extends Lines {
+  private constructor(readonly conn: Deno.TcpConn) {
+    super(conn.readable);
+  }
+
+  static async connect(port: number): Promise<Guest> {
+    const conn = await Deno.connect({ hostname: "127.0.0.1", port });
+    conn.setNoDelay(true);
+    return new Guest(conn);
+  }
+
+  /** Comes in, and has read the greeting. */
+  static async join(port: number, name?: string): Promise<Guest> {
+    const guest = await Guest.connect(port);
+    await guest.find(/^\* The room contains: /);
+    if (name) {
+      await guest.say(`/nick ${name}`);
+      await guest.find(new RegExp(`is now known as ${name}$`));
+    }
+    return guest;
+  }
+
+  async say(...lines: string[]): Promise<void> {
+    await this.send(lines.map((line) => line + "\n").join(""));
+  }
+
+  async send(content: string | number[] | Uint8Array): Promise<void> {
+    let bytes = typeof content === "string"
+      ? encoder.encode(content)
+      : Uint8Array.from(content);
+    while (bytes.length) bytes = bytes.subarray(await this.conn.write(bytes));
+  }
+
+  /** Waits until the server has read everything that was sent before. */
+  async settle(): Promise<void> {
+    await this.say("/settled?");
+    await this.find(/^! There is no command \/settled\?/);
+  }
+}
+
+/** A room in this process. */
+function open(options: Partial<Options> = {}, printed: string[] = []) {
+  const server = ChatServer.listen(
+    { host: "127.0.0.1", port: 0, history: 0, ...options },
+    { print: (line) => printed.push(line) },
+  );
+  return Object.assign(server, { port: server.addr.port });
+}
+
+/** A room in a process of its own, as a person starts it. */
+class Program implements AsyncDisposable {
+  readonly output: Lines;
+  readonly errors: Lines;
+
+  private constructor(
+    readonly child: Deno.ChildProcess,
+    readonly port: number,
+    output: Lines,
+  ) {
+    this.output = output;
+    this.errors = new Lines(child.stderr);
+  }
+
+  static command(args: string[], permissions = ["--allow-net"], shell = "") {
+    const main = new URL("main.ts", import.meta.url).pathname;
+    const words = [Deno.execPath(), "run", ...permissions, main, ...args];
+    const options = {
+      stdin: "null",
+      stdout: "piped",
+      stderr: "piped",
+      env: { NO_COLOR: "1" },
+    } as const;
+    return shell
+      ? new Deno.Command("bash", {
+        args: ["-c", `${shell} exec "$@"`, "bash", ...words],
+        ...options,
+      })
+      : new Deno.Command(words[0], { args: words.slice(1), ...options });
+  }
+
+  static async start(args: string[] = [], shell = ""): Promise<Program> {
+    const child = Program.command(
+      ["--host", "127.0.0.1", "--port", "0", ...args],
+      undefined,
+      shell,
+    ).spawn();
+    const output = new Lines(child.stdout);
+    const line = await output.find(/^Listening on /);
+    return new Program(child, Number(/:(\d+)\. Join/.exec(line)![1]), output);
+  }
+
+  /** How many descriptors the process has open. */
+  async descriptors(): Promise<number> {
+    return (await Array.fromAsync(Deno.readDir(`/proc/${this.child.pid}/fd`)))
+      .length;
+  }
+
+  /** Its resident memory, in MiB. */
+  async memory(): Promise<number> {
+    const status = await Deno.readTextFile(`/proc/${this.child.pid}/status`);
+    return Number(/VmRSS:\s+(\d+)/.exec(status)![1]) / 1_024;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    try {
+      this.child.kill("SIGKILL");
+    } catch { /* it has ended already */ }
+    await this.child.status;
+    await this.output[Symbol.asyncDispose]();
+    await this.errors[Symbol.asyncDispose]();
+  }
+}
+
+/** Runs the program to its end. */
+async function run(
+  args: string[],
+  permissions?: string[],
+): Promise<{ code: number; output: string; errors: string }> {
+  const command = Program.command(args, permissions);
+  const { code, stdout, stderr } = await within(command.output(), "the end");
+  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+  return { code, output: text(stdout), errors: text(stderr) };
+}
+
+// -- the classic system
+
+Deno.test("a raw room relays each line to everyone but its sender", async () => {
+  await using server = open({ raw: true });
+  await using alice = await Guest.connect(server.port);
+  await using bob = await Guest.connect(server.port);
+  await using carol = await Guest.connect(server.port);
+  await alice.say("one");
+  assertEquals(await bob.next(), "one");
+  assertEquals(await carol.next(), "one");
+  await bob.say("/two", "", "[x] three");
+  assertEquals(await alice.next(), "/two"); // not "one"
+  assertEquals(await alice.next(), "[x] three");
+  assertEquals(await carol.next(), "/two");
+  await server.stop();
+  assertEquals(await alice.rest(), ["Shutdown Server"]);
+});
+
+Deno.test("comings and goings are printed with their count", async () => {
+  const printed: string[] = [];
+  await using server = open({}, printed);
+  await using alice = await Guest.join(server.port);
+  const { port } = alice.conn.localAddr;
+  await using bob = await Guest.join(server.port, "bob");
+  await bob.say("/quit tired");
+  await alice.find(/^\* bob has left the room \(tired\)$/);
+  assertEquals(
+    printed[0],
+    `New Connection from 127.0.0.1:${port} (guest1, 1 here)`,
+  );
+  assertMatch(
+    printed[1],
+    /^New Connection from 127\.0\.0\.1:\d+ \(guest2, 2 here\)$/,
+  );
+  assertMatch(
+    printed[2],
+    /^Connection closed by 127\.0\.0\.1:\d+ \(bob, tired, 1 here\)$/,
+  );
+});
+
+Deno.test("a client may leave by close, half-close or reset", async () => {
+  await using server = open();
+  await using watcher = await Guest.join(server.port);
+  const half = await Guest.join(server.port, "half");
+  await half.send("last words");
+  await half.conn.closeWrite();
+  await watcher.find(/^\[half\] last words$/);
+  await watcher.find(/^\* half has left the room$/);
+  assertEquals((await half.rest()).slice(-1), []); // and is closed from here
+  await half[Symbol.asyncDispose]();
+
+  const closer = await Guest.join(server.port, "closer");
+  await closer[Symbol.asyncDispose]();
+  await watcher.find(/^\* closer has left the room$/);
+
+  // Closing with something unread resets the connection.
+  const conn = await Deno.connect({ port: server.port });
+  await watcher.find(/^\* guest\d has entered the room$/);
+  await watcher.say("unread");
+  await conn.read(new Uint8Array(1));
+  conn.close();
+  await watcher.find(/^\* guest\d has left the room$/);
+  await using late = await Guest.join(server.port);
+  await late.say("still here");
+  await watcher.find(/still here$/);
+});
+
+Deno.test("SIGINT and SIGTERM tell everyone and exit with status 0", async (t) => {
+  for (const signal of ["SIGINT", "SIGTERM"] as const) {
+    await t.step(signal, async () => {
+      await using program = await Program.start();
+      await using alice = await Guest.join(program.port);
+      await using bob = await Guest.join(program.port);
+      program.child.kill(signal);
+      await program.output.find(/^Shutdown Server \.{6}$/);
+      assertEquals((await alice.rest()).at(-1), "* Shutdown Server");
+      assertEquals((await bob.rest()).at(-1), "* Shutdown Server");
+      const { code } = await within(program.child.status, "the exit");
+      assertEquals(code, 0);
+      assertEquals(await program.errors.rest(), []);
+    });
+  }
+});
+
+/** Has so much said that the receive buffer of one who does not read is full. */
+async function flood(from: Guest, lines: number, size = 1_000): Promise<void> {
+  const line = "x".repeat(size);
+  for (let sent = 0; sent < lines; sent += 100) {
+    await from.say(
+      ...Array.from(
+        { length: Math.min(100, lines - sent) },
+        (_, i) => `${sent + i} ${line}`,
+      ),
+    );
+  }
+}
+
+Deno.test("a client that never reads delays the end by a second at most", async () => {
+  await using program = await Program.start(["--raw", "--rate", "0"]);
+  using deaf = await Deno.connect({ port: program.port });
+  await using talker = await Guest.connect(program.port);
+  await program.output.find(/2 here/);
+  await flood(talker, 4_000);
+  const started = performance.now();
+  program.child.kill("SIGINT");
+  const { code } = await within(program.child.status, "the exit", 2_500);
+  assertEquals(code, 0);
+  assert(performance.now() - started < 2_500);
+  assert(deaf);
+});
+
+Deno.test("a second signal exits at once", async () => {
+  await using program = await Program.start(["--raw", "--rate", "0"]);
+  using _deaf = await Deno.connect({ port: program.port });
+  await using talker = await Guest.connect(program.port);
+  await program.output.find(/2 here/);
+  await flood(talker, 4_000);
+  program.child.kill("SIGINT");
+  await program.output.find(/^Shutdown Server/);
+  program.child.kill("SIGINT");
+  const { code } = await within(program.child.status, "the exit", 700);
+  assertEquals(code, 130);
+});
+
+// -- a room with names
+
+Deno.test("a newcomer is greeted, named and announced, and can talk at once", async () => {
+  await using server = open();
+  await using alice = await Guest.connect(server.port);
+  assertMatch((await alice.next())!, /^\* Welcome, guest1\..*\/help/);
+  assertEquals(await alice.next(), "* The room contains: nobody else yet");
+  await using bob = await Guest.connect(server.port);
+  await bob.say("hello");
+  await bob.find(/^\* Welcome, guest2/);
+  assertEquals(await bob.next(), "* The room contains: guest1");
+  assertEquals(await alice.next(), "* guest2 has entered the room");
+  assertEquals(await alice.next(), "[guest2] hello");
+  await bob.conn.closeWrite();
+  assertEquals(await alice.next(), "* guest2 has left the room");
+  assertEquals(await bob.rest(), []); // nothing of its own came back
+});
+
+Deno.test("the commands do what /help says", async (t) => {
+  await using server = open();
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.find(/known as bob/);
+
+  await t.step("/help lists them all", async () => {
+    await alice.say("/help");
+    for (
+      const name of [
+        "help",
+        "nick NAME",
+        "who",
+        "me ACTION",
+        "msg NAME TEXT",
+        "reply TEXT",
+        "ignore NAME",
+        "quiet",
+        "quit \\[REASON\\]",
+        "/TEXT",
+      ]
+    ) {
+      assert((await alice.find(new RegExp(`^\\* /${name}  `))).length < 80);
+    }
+    await alice.settle();
+  });
+  await t.step("/nick tells everyone", async () => {
+    await alice.say("/nick Alïce");
+    assertEquals(await bob.next(), "* alice is now known as Alïce");
+    assertEquals(await alice.next(), "* alice is now known as Alïce");
+    await alice.say("/nick alice");
+    await alice.next();
+    await bob.next();
+  });
+  await t.step("/who lists everyone", async () => {
+    await bob.say("/WHO");
+    assertEquals(await bob.next(), "* The room contains: bob, alice");
+  });
+  await t.step("/me acts", async () => {
+    await alice.say("/me waves");
+    assertEquals(await bob.next(), "** alice waves");
+  });
+  await t.step("//text says /text", async () => {
+    await alice.say("//etc/hosts");
+    assertEquals(await bob.next(), "[alice] /etc/hosts");
+  });
+  await t.step("/msg and /reply reach one person", async () => {
+    await using carol = await Guest.join(server.port, "carol");
+    await alice.find(/known as carol/);
+    await bob.find(/known as carol/);
+    await alice.say("/msg BOB psst: a b");
+    assertEquals(await bob.next(), "[alice -> you] psst: a b");
+    assertEquals(await alice.next(), "[you -> bob] psst: a b");
+    await bob.say("/reply what?", "aloud");
+    assertEquals(await alice.next(), "[bob -> you] what?");
+    assertEquals(await bob.next(), "[you -> alice] what?");
+    assertEquals(await carol.next(), "[bob] aloud");
+    await alice.next();
+  });
+  await t.step("/ignore silences one person until it is repeated", async () => {
+    await alice.find(/carol has left/);
+    await bob.find(/carol has left/);
+    await bob.say("/ignore alice");
+    assertMatch((await bob.next())!, /^\* You do not hear alice now\./);
+    await alice.say("unheard", "/me unseen", "/msg bob unread");
+    await alice.find(/^\[you -> bob\] unread$/);
+    await bob.say("/ignore alice");
+    assertEquals(await bob.next(), "* You hear alice again.");
+    await alice.say("heard");
+    assertEquals(await bob.next(), "[alice] heard");
+  });
+  await t.step("/quiet silences comings and goings", async () => {
+    await bob.say("/quiet");
+    assertMatch(
+      (await bob.next())!,
+      /^\* You do not hear who enters and leaves now\./,
+    );
+    const dave = await Guest.join(server.port, "dave");
+    await dave[Symbol.asyncDispose]();
+    await alice.find(/dave has left/);
+    assertMatch((await bob.next())!, /is now known as dave$/);
+    await bob.say("/quiet");
+    assertEquals(await bob.next(), "* You hear who enters and leaves again.");
+    await using _erin = await Guest.join(server.port);
+    assertMatch((await bob.next())!, /has entered the room$/);
+    await alice.next();
+  });
+  await t.step("/quit leaves with a reason", async () => {
+    await alice.find(/has left the room$/);
+    await bob.say("/quit so long");
+    assertEquals(await alice.next(), "* bob has left the room (so long)");
+    await bob.rest();
+  });
+});
+
+Deno.test("what cannot be done is answered to its sender alone", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.find(/known as bob/);
+  const answers: [string, RegExp][] = [
+    ["/nick ALICE", /^! The name ALICE is taken\. .*\/nick NAME/],
+    ["/nick Host", /^! The name Host is reserved\./],
+    ["/nick you", /^! The name you is reserved\./],
+    ["/nick server", /^! The name server is reserved\./],
+    ["/nick two words", /^! A name is 1 to 24 letters/],
+    ["/nick " + "x".repeat(25), /^! A name is 1 to 24 letters/],
+    ["/nick al\u3164ice", /^! A name is 1 to 24 letters/],
+    ["/nick ]", /^! A name is 1 to 24 letters/],
+    ["/nick", /^! Type \/nick NAME\.$/],
+    ["/nick bob", /^! You are bob already\.$/],
+    ["/me", /^! Type \/me ACTION\.$/],
+    ["/msg", /^! Type \/msg NAME TEXT\.$/],
+    ["/msg alice", /^! Type \/msg NAME TEXT\.$/],
+    ["/msg zoe hi", /^! Nobody here is called zoe\. .*\/who/],
+    ["/reply hi", /^! Nobody has spoken to you alone\./],
+    ["/ignore zoe", /^! Nobody here is called zoe\./],
+    ["/ignore bob", /^! That is you\./],
+    ["/dance now", /^! There is no command \/dance\. .*\/help/],
+    ["/ x", /^! There is no command \/\. /],
+  ];
+  for (const [typed, answer] of answers) {
+    await bob.say(typed);
+    assertMatch((await bob.next())!, answer);
+  }
+  await bob.say("done");
+  assertEquals(await alice.next(), "[bob] done");
+});
+
+Deno.test("names are compared without case and in their composed form", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port);
+  await using bob = await Guest.join(server.port);
+  await alice.say("/nick Ａｌｉｃｅ");
+  await bob.find(/^\* guest1 is now known as Alice$/);
+  for (const name of ["alice", "ＡLICE", "aLıce"]) {
+    await bob.say(`/nick ${name}`);
+    assertMatch((await bob.next())!, /^! The name .* is taken/);
+  }
+  for (const name of ["नमस्ते", "张三", "Çelik_7", "guest5"]) {
+    await bob.say(`/nick ${name}`);
+    assertMatch((await bob.next())!, / is now known as /);
+  }
+  for (let i = 3; i <= 6; i++) {
+    await using guest = await Guest.connect(server.port);
+    const name = i < 5 ? `guest${i}` : `guest${i + 1}`; // guest5 is taken
+    assertMatch((await guest.next())!, new RegExp(`^\\* Welcome, ${name}\\.`));
+  }
+});
+
+Deno.test("a newcomer is shown the last public lines", async () => {
+  await using server = open({ history: 3 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.say("one", "two", "/msg bob secret", "/me three", "/who", "four");
+  await bob.find(/four$/);
+  await using carol = await Guest.join(server.port);
+  assertEquals(await carol.next(), "[alice] two");
+  assertEquals(await carol.next(), "** alice three");
+  assertEquals(await carol.next(), "[alice] four");
+  await bob.say("five");
+  assertEquals(await carol.next(), "[bob] five");
+});
+
+Deno.test("the time of day stands before what is said", async () => {
+  await using server = open({ timestamps: true, history: 1 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.say("hello", "/me waves");
+  assertMatch((await bob.next())!, /^([01]\d|2[0-3]):[0-5]\d \[alice\] hello$/);
+  assertMatch((await bob.next())!, /^\d\d:\d\d \*\* alice waves$/);
+  await using carol = await Guest.join(server.port);
+  assertMatch((await carol.next())!, /^\d\d:\d\d \*\* alice waves$/);
+});
+
+Deno.test("the list of who is here counts those past twenty", async () => {
+  await using server = open();
+  const crowd = await Promise.all(
+    Array.from({ length: 23 }, () => Guest.join(server.port)),
+  );
+  await crowd[0].say("/who");
+  const line = await crowd[0].find(
+    /^\* The room contains: guest1, .*guest20 and 3 more$/,
+  );
+  assertEquals(line.split(", ").length, 20);
+  for (const guest of crowd) await guest[Symbol.asyncDispose]();
+});
+
+Deno.test("a crowd hears of comings and goings in one line a second", async () => {
+  await using server = open();
+  const crowd = [await Guest.join(server.port)];
+  for (let i = 0; i < 59; i++) crowd.push(await Guest.join(server.port));
+  assertEquals(
+    await crowd[0].find(/people/),
+    "* 10 people have entered the room",
+  );
+  await Promise.all(
+    crowd.splice(-4).map((guest) => guest[Symbol.asyncDispose]()),
+  );
+  assertEquals(await crowd[0].next(), "* 4 people have left the room");
+  for (const guest of crowd) await guest[Symbol.asyncDispose]();
+});
+
+Deno.test("--ask-name is Protohackers' Budget Chat", async () => {
+  await using server = open({ askName: true, history: 20 });
+  await using alice = await Guest.connect(server.port);
+  assertMatch((await alice.next())!, /name\?$/);
+  await alice.say("alice");
+  assertEquals(await alice.next(), "* The room contains: ");
+  await using bob = await Guest.connect(server.port);
+  await bob.next();
+  await alice.say("bob has not come in yet");
+  const nobody = await Guest.connect(server.port);
+  await nobody.next();
+  await nobody[Symbol.asyncDispose](); // leaves in silence
+  await bob.say("bob");
+  assertEquals(await bob.next(), "* The room contains: alice");
+  assertEquals(await bob.next(), "[alice] bob has not come in yet"); // history
+  assertEquals(await alice.next(), "* bob has entered the room");
+  await bob.say("hi alice");
+  assertEquals(await alice.next(), "[bob] hi alice");
+  await bob.conn.closeWrite();
+  assertEquals(await alice.next(), "* bob has left the room");
+  for (
+    const name of ["", "alice", "no spaces", "host", "x".repeat(25)].slice(1)
+  ) {
+    await using guest = await Guest.connect(server.port);
+    await guest.next();
+    await guest.say(name);
+    assertMatch((await guest.next())!, /^! /);
+    assertEquals(await guest.next(), null);
+  }
+  await alice.settle();
+});
+
+// -- framing and cleaning
+
+const IAC = 255, DO = 253, WILL = 251, SB = 250, SE = 240;
+
+/** A stream with all that may cut or hide a line, and the lines in it. */
+const STREAM = [
+  ...encoder.encode("plain\ncr lf\r\ncr nul\r\0"),
+  ...[IAC, DO, 10, IAC, WILL, 31],
+  ...encoder.encode("naïve 🌍"),
+  ...[IAC, SB, 31, 0, 10, 0, IAC, IAC, 10, IAC, SE],
+  ...encoder.encode(" tail\n\n\r\n"),
+  ...[0xe2, 0x82, 10, 0x61, 0xff, 0xff, 0x62, 10],
+  ...encoder.encode("last words"),
+];
+const STREAM_LINES = [
+  "plain",
+  "cr lf",
+  "cr nul",
+  "naïve 🌍 tail",
+  "\ufffd",
+  "a\ufffdb",
+  "last words",
+];
+
+Deno.test("any split of the stream gives the same lines", async () => {
+  await using server = open({ raw: true, rate: 0 });
+  await using reader = await Guest.connect(server.port);
+  for (let cut = 0; cut <= STREAM.length; cut++) {
+    const conn = await Deno.connect({ port: server.port });
+    conn.setNoDelay(true);
+    const parts = cut === 0
+      ? STREAM.map((byte) => [byte])
+      : [STREAM.slice(0, cut), STREAM.slice(cut)].filter((part) => part.length);
+    for (const part of parts) {
+      await conn.write(Uint8Array.from(part));
+      await new Promise((resolve) => setTimeout(resolve, 1)); // a read of its own
+    }
+    await conn.closeWrite();
+    for (const line of STREAM_LINES) assertEquals(await reader.next(), line);
+    conn.close();
+  }
+});
+
+Deno.test("a telnet that waits for an answer to its options gets a refusal", async () => {
+  await using server = open({ raw: true });
+  using conn = await Deno.connect({ port: server.port });
+  await conn.write(Uint8Array.of(IAC, 244, IAC, DO, 6)); // Ctrl-C: RFC 860
+  const buffer = new Uint8Array(10);
+  assertEquals(await within(conn.read(buffer), "the answer"), 3);
+  assertEquals([...buffer.slice(0, 3)], [IAC, 252, 6]);
+});
+
+Deno.test("what could disturb a terminal is taken out of a line", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  const lines: [typed: string, heard: string][] = [
+    ["\x1b[31mred\x1b[0m", "red"],
+    ["\x1b]0;a new title\x07t", "t"],
+    ["\x1b]8;;http://x/ y\x1b\\link", "link"],
+    ["\x1bP1$r0m\x1b\\dcs", "dcs"],
+    ["\x9b2Jc1", "c1"],
+    ["\x1b#8double", "double"],
+    ["\x1b]0;never ended", "0;never ended"],
+    ["bell\x07 back\b\b del\x7f", "bell back del"],
+    ["a\u2028b\u2029c\u0085d", "abcd"],
+    ["\u202eevil\u2066x\u202c", "evilx"],
+    ["tab\tstays", "tab\tstays"],
+    ["cr\r[bob] forged", "cr[bob] forged"],
+    ["\ufeff/me has a mark", ""],
+    ["👩‍👩‍👧 مرحبا", "👩‍👩‍👧 مرحبا"],
+  ];
+  for (const [typed, heard] of lines) {
+    await alice.say(typed);
+    assertEquals(
+      await bob.next(),
+      heard ? `[alice] ${heard}` : "** alice has a mark",
+    );
+  }
+  await alice.say("\x07\x1b[0m", "", "end");
+  assertEquals(await bob.next(), "[alice] end");
+});
+
+Deno.test("a line too long is passed on in pieces, cut between characters", async () => {
+  await using server = open({ raw: true, rate: 0 });
+  await using alice = await Guest.connect(server.port);
+  await using bob = await Guest.connect(server.port);
+  await alice.say(
+    "x".repeat(4_096),
+    "y".repeat(4_097),
+    "z" + "é".repeat(4_000),
+  );
+  assertEquals(await bob.next(), "x".repeat(4_096));
+  assertEquals(await bob.next(), "y".repeat(4_096));
+  assertEquals(await bob.next(), "y");
+  assertEquals(await bob.next(), "z" + "é".repeat(2_047)); // 4,095 bytes
+  assertEquals(await bob.next(), "é".repeat(1_953));
+});
+
+Deno.test({
+  name: "20 MB without a newline arrive whole, in flat memory",
+  ignore: !LINUX,
+  async fn() {
+    await using program = await Program.start(["--raw", "--rate", "0"]);
+    await using alice = await Guest.connect(program.port);
+    await using bob = await Guest.connect(program.port);
+    await program.output.find(/2 here/);
+    const before = await program.memory(), size = 20_000_000;
+    let most = before;
+    const sending = (async () => {
+      const part = encoder.encode("0123456789".repeat(10_000));
+      for (let sent = 0; sent < size; sent += part.length) {
+        await alice.send(part);
+        if (sent % 2_000_000 === 0) {
+          most = Math.max(most, await program.memory());
+        }
+      }
+      await alice.say("");
+    })();
+    let got = 0;
+    while (got < size) {
+      const line = (await bob.next())!;
+      assert(line.length <= 4_096);
+      assertEquals(line[0], String(got % 10));
+      got += line.length;
+    }
+    await sending;
+    assertEquals(got, size);
+    assert(most - before < 60, `${most - before} MiB more`);
+  },
+});
+
+Deno.test("a first line that is an HTTP request is refused", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port);
+  await using page = await Guest.connect(server.port);
+  await page.send("POST / HTTP/1.1\r\nHost: x\r\n\r\nI am a web page\r\n");
+  assertEquals(await page.find(/^HTTP/), "HTTP/1.1 400 Bad Request");
+  await page.find(/chat room, not a web site/);
+  await page.rest();
+  assertEquals(await alice.next(), "* guest2 has entered the room");
+  assertEquals(
+    await alice.next(),
+    "* guest2 has left the room (a web request)",
+  );
+  await using bob = await Guest.join(server.port, "bob");
+  await bob.say("GET / HTTP/1.1");
+  await alice.find(/^\[bob\] GET \/ HTTP\/1\.1$/); // not a first line
+});
+
+// -- slow readers, pace and limits
+
+Deno.test({
+  name:
+    "a client that never reads delays nobody, and is closed when it is too slow",
+  ignore: !LINUX,
+  async fn() {
+    await using program = await Program.start(["--rate", "0"]);
+    await using alice = await Guest.join(program.port, "alice");
+    await using bob = await Guest.join(program.port, "bob");
+    await alice.find(/known as bob/);
+    const descriptors = await program.descriptors();
+    const before = await program.memory();
+    const deaf = await Deno.connect({ port: program.port });
+    await alice.find(/entered the room/);
+    let heard = 0, told = false;
+    for (let sent = 0; !told && sent < 40_000; sent += 100) {
+      await flood(alice, 100);
+      while (heard < sent + 100) {
+        const line = (await bob.find(/^\[alice\]|too slow/))!;
+        if (line.startsWith("[")) heard++;
+        else {
+          assertEquals(line, "* guest3 has left the room (too slow)");
+          told = true;
+        }
+      }
+    }
+    assert(told, "it was never told");
+    assertMatch(
+      await program.output.find(/too slow/),
+      /^Connection closed by .* \(guest3, too slow, 2 here\)$/,
+    );
+    // Although its write, and its read, never end:
+    await eventually(
+      async () => await program.descriptors() === descriptors,
+      "the descriptor is closed",
+    );
+    assert(await program.memory() - before < 60);
+    deaf.close();
+  },
+});
+
+Deno.test("a pasted page arrives whole at the given pace, while others talk", async () => {
+  await using server = open({ rate: 20 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await using carol = await Guest.join(server.port, "carol");
+  await bob.find(/known as carol/);
+  const page = Array.from({ length: 130 }, (_, i) => `line ${i}`);
+  const started = performance.now();
+  await alice.say(...page); // the command /nick was one more
+  const heard: string[] = [], times: number[] = [];
+  while (heard.length < page.length) {
+    heard.push((await bob.find(/^\[alice\]/)).replace("[alice] ", ""));
+    times.push(performance.now() - started);
+    if (heard.length === 110) {
+      await carol.say("free to talk");
+      await carol.settle();
+    }
+  }
+  assertEquals(heard, page);
+  assert(times[95] < 500, `96 lines took ${times[95]} ms`);
+  assert(times[129] > 1_000, `all took ${times[129]} ms only`);
+});
+
+Deno.test("what was pasted before leaving still arrives", async () => {
+  await using server = open({ rate: 20 });
+  await using bob = await Guest.join(server.port);
+  const alice = await Guest.join(server.port, "alice");
+  await alice.say(...Array.from({ length: 120 }, (_, i) => `line ${i}`));
+  await alice[Symbol.asyncDispose]();
+  await bob.find(/line 119$/);
+  assertEquals(await bob.next(), "* alice has left the room");
+});
+
+Deno.test("one more than --max-clients is told that the room is full", async () => {
+  await using server = open({ maxClients: 2 });
+  await using alice = await Guest.join(server.port);
+  await using bob = await Guest.join(server.port);
+  await using carol = await Guest.connect(server.port);
+  assertEquals(await carol.rest(), ["! The room is full. Try again later."]);
+  await bob.say("/quit");
+  await alice.find(/guest2 has left/);
+  await using _dave = await Guest.join(server.port);
+});
+
+Deno.test("one more than --max-per-address is told so", async () => {
+  await using server = open({ maxPerAddress: 1 });
+  await using _alice = await Guest.join(server.port);
+  await using bob = await Guest.connect(server.port);
+  assertMatch((await bob.next())!, /^! Too many here are from your address\./);
+  assertEquals(await bob.next(), null);
+});
+
+Deno.test({
+  name: "out of descriptors, the room goes on and newcomers wait",
+  ignore: !LINUX,
+  async fn() {
+    await using program = await Program.start([], "ulimit -n 64;");
+    await using alice = await Guest.join(program.port, "alice");
+    const crowd: Deno.TcpConn[] = [];
+    for (let i = 0; i < 70; i++) {
+      crowd.push(await Deno.connect({ port: program.port }));
+    }
+    assertMatch(
+      await program.errors.find(/./),
+      /^parley: Cannot accept connections for now: .*descriptor.*|.*open files/,
+    );
+    await alice.settle();
+    await alice.say("/who");
+    await alice.find(/^\* The room contains: /);
+    for (const conn of crowd) conn.close();
+    await using bob = await Guest.join(program.port, "bob");
+    await alice.find(/known as bob/);
+    await bob.say("hello");
+    await alice.find(/^\[bob\] hello$/);
+    program.child.kill("SIGINT");
+    assertEquals(await program.errors.rest(), []); // said once
+  },
+});
+
+Deno.test("a closed standard output does not stop the room", async () => {
+  await using program = await Program.start();
+  await program.output[Symbol.asyncDispose]();
+  for (let i = 0; i < 3; i++) {
+    await using alice = await Guest.join(program.port, "alice");
+    await alice.settle();
+  }
+});
+
+Deno.test("a standard output that nobody reads does not stop the room", async () => {
+  await using program = await Program.start(["--max-clients", "1"]);
+  for (let i = 0; i < 1_500; i++) { // more than a pipe holds
+    const guest = await Guest.connect(program.port);
+    await guest.next();
+    await guest[Symbol.asyncDispose]();
+  }
+  await eventually(async () => {
+    await using guest = await Guest.connect(program.port);
+    return (await guest.next())!.startsWith("* Welcome");
+  }, "a place in the room");
+  program.child.kill("SIGINT");
+  assertEquals((await within(program.child.status, "the exit", 2_500)).code, 0);
+});
+
+// -- the command line
+
+Deno.test("a command line that cannot be used is one line and status 2", async (t) => {
+  const cases: [args: string, message: string][] = [
+    ["--prot 1", "Unknown option --prot (did you mean --port?)"],
+    ["-x", "Unknown option -x (did you mean -p?)"],
+    ["--port", "Option --port needs a value: --port PORT"],
+    [
+      "--port banana",
+      "Cannot use banana for --port: give a whole number from 0 to 65535",
+    ],
+    [
+      "--port 70000",
+      "Cannot use 70000 for --port: give a whole number from 0 to 65535",
+    ],
+    [
+      "--port -1",
+      "Cannot use -1 for --port: give a whole number from 0 to 65535",
+    ],
+    [
+      "--rate -3",
+      "Cannot use -3 for --rate: give a whole number from 0 to 1000000",
+    ],
+    [
+      "--history 1.5",
+      "Cannot use 1.5 for --history: give a whole number from 0 to 10000",
+    ],
+    [
+      "--max-clients 0",
+      "Cannot use 0 for --max-clients: give a whole number from 1 to 1000000",
+    ],
+    [
+      "--host not!one",
+      "Cannot use not!one for --host: give an address, such as 127.0.0.1 or ::",
+    ],
+    ["--raw=no", "Option --raw takes no value"],
+    [
+      "--raw --ask-name",
+      "Cannot use --raw with --ask-name: a raw room relays lines as they are",
+    ],
+    ["8008", "Unexpected argument 8008 (every option begins with --)"],
+  ];
+  for (const [args, message] of cases) {
+    await t.step(args, async () => {
+      assertEquals(await run(args.split(" ")), {
+        code: 2,
+        output: "",
+        errors: `parley: ${message}\n`,
+      });
+    });
+  }
+});
+
+Deno.test("a room that cannot be opened is one line and status 1", async (t) => {
+  const fails = async (
+    args: string[],
+    pattern: RegExp,
+    permissions?: string[],
+  ) => {
+    const { code, output, errors } = await run(args, permissions);
+    assertEquals([code, output], [1, ""]);
+    assertMatch(errors, pattern);
+    assertEquals(errors.trim().split("\n").length, 1);
+  };
+  await t.step("the port is in use", async () => {
+    await using server = open();
+    await fails(
+      ["--host", "127.0.0.1", "-p", `${server.port}`],
+      /^parley: Cannot listen on 127\.0\.0\.1:\d+: the port is in use \(choose another with --port\)\n$/,
+    );
+  });
+  await t.step(
+    "the address is not this machine's",
+    () =>
+      fails(
+        ["--host", "203.0.113.1"],
+        /^parley: Cannot listen on 203\.0\.113\.1:8008: .*--host/,
+      ),
+  );
+  await t.step(
+    "the address is none",
+    () =>
+      fails(
+        ["--host", "999.1.1.1"],
+        /^parley: Cannot listen on 999\.1\.1\.1:8008: .*--host/,
+      ),
+  );
+  await t.step(
+    "the network is not permitted",
+    () =>
+      fails(
+        [],
+        /^parley: Cannot listen on 0\.0\.0\.0:8008: .*--allow-net\)\n$/,
+        [],
+      ),
+  );
+});
+
+Deno.test("--help fits 80 columns and names every option and default", async () => {
+  const { code, output } = await run(["--help"], []);
+  assertEquals(code, 0);
+  for (const line of output.split("\n")) assert(line.length <= 80, line);
+  const flags: [string, string][] = [
+    ["--host ADDRESS", "(0.0.0.0)"],
+    ["-p, --port PORT", "(8008)"],
+    ["--raw", ""],
+    ["--ask-name", ""],
+    ["--timestamps", ""],
+    ["--history LINES", "(20)"],
+    ["--rate LINES", "(20)"],
+    ["--max-clients N", "(10000)"],
+    ["--max-per-address N", "(0)"],
+    ["--quiet", ""],
+    ["-h, --help", ""],
+    ["-V, --version", ""],
+  ];
+  for (const [flag, value] of flags) {
+    const line = output.split("\n").find((line) => line.includes(`${flag} `));
+    assert(line?.includes(value), `${flag} ${value} in ${line}`);
+  }
+});
+
+Deno.test("--version is the one in deno.json", async () => {
+  const { code, output } = await run(["-V"], []);
+  assertEquals([code, output], [0, `parley ${config.version}\n`]);
+});
+
+Deno.test("--quiet prints no comings and goings", async () => {
+  await using program = await Program.start(["--quiet"]);
+  await using alice = await Guest.join(program.port);
+  await alice.settle();
+  program.child.kill("SIGINT");
+  assertEquals(await program.output.rest(), ["Shutdown Server ......"]);
+});
+
+// -- as a library
+
+Deno.test("several rooms in one process do not touch each other", async () => {
+  await using one = open();
+  const two = open({ raw: true });
+  await using alice = await Guest.join(one.port);
+  await using bob = await Guest.connect(two.port);
+  await bob.say("into the other room");
+  await two.stop();
+  await two.finished;
+  assertEquals(await bob.rest(), ["Shutdown Server"]);
+  await using carol = await Guest.join(one.port);
+  await carol.say("hello");
+  assertEquals(await alice.next(), "* guest2 has entered the room");
+  assertEquals(await alice.next(), "[guest2] hello");
+});
+
+Deno.test("a port can be used again as soon as its room is stopped", async () => {
+  const first = open();
+  await using alice = await Guest.join(first.port);
+  await first.stop();
+  await using second = open({ port: first.port });
+  await using _bob = await Guest.join(second.port);
+  await alice.rest();
+});
