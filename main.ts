@@ -581,9 +581,9 @@ const WINDOW_SEGMENTS = 64;
  * every line is one byte long. */
 const SEGMENT_ENTRIES = 2_048;
 
-/** The most bytes, in a batch that only one reader can have, that are copied to
- * leave in one write. With the one after, it bounds a stalled reader's memory. */
-const OWN_BATCH_BYTES = 16_384;
+/** The most bytes that are copied to leave in one write, where what a reader
+ * hears lies in pieces. It is all that a stalled reader can hold on its own. */
+const COPIED_BYTES = 16_384;
 
 /** The most characters in one entry, so that each fits a segment: three bytes
  * a character at most, with a last line and its prefix on top. */
@@ -616,30 +616,31 @@ interface Entry {
   coming: boolean;
 }
 
+/** What one write takes of a segment. */
+interface Batch {
+  bytes: Uint8Array;
+  /** The index of the first entry after it. */
+  end: number;
+}
+
 class Segment {
   next: Segment | null = null;
   readonly entries: Entry[] = [];
   readonly bytes = new Uint8Array(SEGMENT_BYTES);
   #lastPersonal = -1;
-  #batches = new Map<number, Uint8Array>();
+  /** The batch for everyone that was asked for last, and where it begins. */
+  #shared: Batch | null = null;
+  #sharedStart = 0;
 
   /** @param first the number of its first entry, counted over the whole log */
   constructor(readonly first: number) {}
-
-  get length(): number {
-    return this.entries.at(-1)?.end ?? 0;
-  }
-
-  /** Where the entry at `index` begins, in bytes. */
-  start(index: number): number {
-    return index === 0 ? 0 : this.entries[index - 1].end;
-  }
 
   /** Adds an entry, sets where it ends, and returns its length in bytes; 0 if
    * it does not fit. */
   add(content: string | Uint8Array, entry: Entry): number {
     if (this.entries.length === SEGMENT_ENTRIES) return 0;
-    const start = this.length, rest = this.bytes.subarray(start);
+    const start = this.#start(this.entries.length);
+    const rest = this.bytes.subarray(start);
     let length = content.length;
     if (typeof content === "string") {
       const { read, written } = encoder.encodeInto(content, rest);
@@ -652,31 +653,52 @@ class Segment {
     if (entry.to !== EVERYONE) this.#lastPersonal = this.entries.length;
     entry.end = start + length;
     this.entries.push(entry);
-    this.#batches.clear();
+    this.#shared = null;
     return length;
   }
 
-  /** What everyone may hear from the entry at `index` to the end, as the one
-   * buffer that is written to all who stand there. */
-  batch(index: number): Uint8Array {
-    let batch = this.#batches.get(index);
-    if (batch === undefined) {
-      batch = index > this.#lastPersonal
-        ? this.bytes.subarray(this.start(index), this.length)
-        : this.#withoutPersonal(index);
-      this.#batches.set(index, batch);
-    }
-    return batch;
+  /** Where the entry at `index` begins, in bytes. */
+  #start(index: number): number {
+    return index === 0 ? 0 : this.entries[index - 1].end;
   }
 
-  #withoutPersonal(index: number): Uint8Array {
-    const parts: Uint8Array[] = [];
-    for (let i = index; i < this.entries.length; i++) {
-      if (this.entries[i].to === EVERYONE) {
-        parts.push(this.bytes.subarray(this.start(i), this.entries[i].end));
-      }
+  /** What everyone hears from the entry at `index` on. It is the same buffer for
+   * all who stand there. */
+  sharedBatch(index: number): Batch {
+    if (this.#shared === null || this.#sharedStart !== index) {
+      this.#sharedStart = index;
+      this.#shared = index > this.#lastPersonal
+        ? this.#stretch(index, this.entries.length)
+        : this.batch(index, ({ to }) => to === EVERYONE);
     }
-    return concatenate(parts);
+    return this.#shared;
+  }
+
+  /** What `hears` lets through from the entry at `index` on: a stretch as it
+   * lies here, or a few short ones copied together. */
+  batch(index: number, hears: (entry: Entry, index: number) => boolean): Batch {
+    const { entries } = this, parts: Uint8Array[] = [];
+    let length = 0;
+    while (index < entries.length) {
+      if (!hears(entries[index], index)) {
+        index++;
+        continue;
+      }
+      let end = index + 1;
+      while (end < entries.length && hears(entries[end], end)) end++;
+      const { bytes } = this.#stretch(index, end);
+      if (parts.length > 0 && length + bytes.length > COPIED_BYTES) break;
+      parts.push(bytes);
+      length += bytes.length;
+      index = end;
+    }
+    const bytes = parts.length === 1 ? parts[0] : concatenate(parts);
+    return { bytes, end: index };
+  }
+
+  #stretch(index: number, end: number): Batch {
+    const bytes = this.bytes.subarray(this.#start(index), this.#start(end));
+    return { bytes, end };
   }
 }
 
@@ -815,39 +837,16 @@ abstract class Reader {
         this.#index = 0;
         continue;
       }
-      let batch: Uint8Array;
-      if (segment.first + this.#index > this.#special) {
-        batch = segment.batch(this.#index);
-        this.#index = segment.entries.length;
-      } else batch = this.#ownBatch(segment);
-      if (batch.length > 0) return batch;
+      const { bytes, end } = segment.first + this.#index > this.#special
+        ? segment.sharedBatch(this.#index)
+        : segment.batch(
+          this.#index,
+          (entry, index) => this.#hears(entry, segment.first + index),
+        );
+      this.#index = end;
+      if (bytes.length > 0) return bytes;
     }
     return null;
-  }
-
-  /** The next stretches that this reader hears: the first as it lies in the
-   * segment, or a few short ones copied together. */
-  #ownBatch(segment: Segment): Uint8Array {
-    const { entries } = segment, parts: Uint8Array[] = [];
-    let length = 0, index = this.#index;
-    while (index < entries.length) {
-      if (!this.#hears(entries[index], segment.first + index)) {
-        index++;
-        continue;
-      }
-      const start = segment.start(index);
-      let to = index;
-      while (
-        to < entries.length && this.#hears(entries[to], segment.first + to)
-      ) to++;
-      const end = entries[to - 1].end;
-      if (length > 0 && length + end - start > OWN_BATCH_BYTES) break;
-      parts.push(segment.bytes.subarray(start, end));
-      length += end - start;
-      index = to;
-    }
-    this.#index = index;
-    return parts.length === 1 ? parts[0] : concatenate(parts);
   }
 
   #hears({ from, to, coming }: Entry, number: number): boolean {
