@@ -25,7 +25,8 @@
  * a slow client holds up nobody, and memory has one bound.
  *
  * The parts, top to bottom, each using only what stands above it: options,
- * text, room, client, commands, server, main.
+ * text, room, client, commands, gate,
+ * transcript, console, server, main.
  *
  * @module
  */
@@ -37,9 +38,11 @@ import config from "./deno.json" with { type: "json" };
 const parseArgs: (args: string[], options: {
   string: string[];
   boolean: string[];
+  collect: string[];
   alias: Record<string, string>;
   unknown: (arg: string) => boolean;
-}) => Record<string, string | boolean | undefined> = parseArgsUntyped;
+}) => Record<string, string | string[] | boolean | undefined> =
+  parseArgsUntyped;
 const closestString: (word: string, possible: string[]) => string =
   closestStringUntyped;
 
@@ -67,6 +70,16 @@ export interface Options {
   maxClients: number;
   /** The same for one address; 0 is no limit. */
   maxPerAddress: number;
+  /** Admit only these networks and addresses, such as `192.168.0.0/16`. */
+  allow: string[];
+  /** The file that holds the password, which is asked for first; or none. */
+  passwordFile: string;
+  /** The file of the certificate chain for TLS (PEM); with `tlsKey`, or none. */
+  tlsCert: string;
+  /** The file of its private key (PEM). */
+  tlsKey: string;
+  /** The file that what is said is appended to, and the history read from. */
+  log: string;
   /** Do not report comings and goings. */
   quiet: boolean;
 }
@@ -75,16 +88,24 @@ export interface Options {
 export interface CommandLine {
   /** The options that were given; what was not given is absent. */
   options: Partial<Options>;
+  /** Give standard input the operator's seat. */
+  console: boolean;
   /** Print the help and leave. */
   help: boolean;
   /** Print the version and leave. */
   version: boolean;
 }
 
-/** An error of the person who started the program: its message says what to do. */
+/** A command line that cannot be used; the message says what to do. */
 export class UsageError extends Error {
   /** What kind of error it is. */
   override name = "UsageError";
+}
+
+/** A room that cannot be opened; the message says why, and what to do. */
+export class OpenError extends Error {
+  /** What kind of error it is. */
+  override name = "OpenError";
 }
 
 const DEFAULTS: Options = {
@@ -97,6 +118,11 @@ const DEFAULTS: Options = {
   rate: 20,
   maxClients: 10_000,
   maxPerAddress: 0,
+  allow: [],
+  passwordFile: "",
+  tlsCert: "",
+  tlsKey: "",
+  log: "",
   quiet: false,
 };
 
@@ -109,68 +135,44 @@ interface Flag {
   key?: keyof Options;
   /** The range of a number, both ends included. */
   range?: [from: number, to: number];
+  /** Whether it can be given more than once. */
+  repeatable?: boolean;
   help: string;
 }
 
 // The command line is read by this table and --help is printed from it.
+// deno-fmt-ignore: a line each
 const FLAGS: Flag[] = [
-  {
-    name: "host",
-    value: "ADDRESS",
-    key: "host",
-    help: "address to listen on, :: for IPv4 and IPv6",
-  },
-  {
-    name: "port",
-    short: "p",
-    value: "PORT",
-    key: "port",
-    range: [0, 65_535],
-    help: "port to listen on, 0 picks a free one",
-  },
-  {
-    name: "raw",
-    key: "raw",
-    help: "relay lines as they are: no names, no commands",
-  },
-  {
-    name: "ask-name",
-    key: "askName",
-    help: "ask each newcomer for a name first",
-  },
-  {
-    name: "timestamps",
-    key: "timestamps",
-    help: "put the time, 12:34, before each line said",
-  },
-  {
-    name: "history",
-    value: "LINES",
-    key: "history",
-    range: [0, 10_000],
-    help: "said lines that a newcomer is shown",
-  },
-  {
-    name: "rate",
-    value: "LINES",
-    key: "rate",
-    range: [0, 1_000_000],
-    help: "lines a second for each client, 0 is no limit",
-  },
-  {
-    name: "max-clients",
-    value: "N",
-    key: "maxClients",
-    range: [1, 1_000_000],
-    help: "how many may be here at once",
-  },
-  {
-    name: "max-per-address",
-    value: "N",
-    key: "maxPerAddress",
-    range: [0, 1_000_000],
-    help: "the same for one address, 0 is no limit",
-  },
+  { name: "host", key: "host", value: "ADDRESS",
+    help: "address to listen on, :: for IPv4 and IPv6" },
+  { name: "port", short: "p", key: "port", value: "PORT", range: [0, 65_535],
+    help: "port to listen on, 0 picks a free one" },
+  { name: "raw", key: "raw",
+    help: "relay lines as they are: no names, no commands" },
+  { name: "ask-name", key: "askName",
+    help: "ask each newcomer for a name first" },
+  { name: "timestamps", key: "timestamps",
+    help: "put the time, 12:34, before each line said" },
+  { name: "history", key: "history", value: "LINES", range: [0, 10_000],
+    help: "said lines shown to a newcomer" },
+  { name: "rate", key: "rate", value: "LINES", range: [0, 1_000_000],
+    help: "lines a second for each client, 0 is no limit" },
+  { name: "max-clients", key: "maxClients", value: "N", range: [1, 1_000_000],
+    help: "how many may be here at once" },
+  { name: "max-per-address", key: "maxPerAddress", value: "N",
+    range: [0, 1_000_000], help: "the same for one address, 0 is no limit" },
+  { name: "allow", key: "allow", value: "CIDR", repeatable: true,
+    help: "admit only these, such as 10.0.0.0/8 (all)" },
+  { name: "password-file", key: "passwordFile", value: "FILE",
+    help: "ask for the password in it first (none)" },
+  { name: "tls-cert", key: "tlsCert", value: "FILE",
+    help: "speak TLS with this certificate chain (none)" },
+  { name: "tls-key", key: "tlsKey", value: "FILE",
+    help: "and this private key (none)" },
+  { name: "log", key: "log", value: "FILE",
+    help: "append what is said, take the history from it (none)" },
+  { name: "console",
+    help: "speak as host on standard input, and hear the room" },
   { name: "quiet", key: "quiet", help: "do not print comings and goings" },
   { name: "help", short: "h", help: "print this and leave" },
   { name: "version", short: "V", help: "print the version and leave" },
@@ -180,7 +182,8 @@ const FLAGS: Flag[] = [
 function helpText(): string {
   const rows = FLAGS.map(({ name, short, value, key, help }) => {
     const flag = `${short ? `-${short}, ` : "    "}--${name} ${value ?? ""}`;
-    const what = key && value ? `${help} (${DEFAULTS[key]})` : help;
+    const standard = key && String(DEFAULTS[key]);
+    const what = value && standard ? `${help} (${standard})` : help;
     return `  ${flag.padEnd(26)}${what}`;
   });
   return `\
@@ -230,6 +233,7 @@ export function parseOptions(args: string[]): CommandLine {
   const given = parseArgs(tied, {
     string: valued.map((flag) => flag.name),
     boolean: FLAGS.filter((flag) => !flag.value).map((flag) => flag.name),
+    collect: FLAGS.filter((flag) => flag.repeatable).map((flag) => flag.name),
     alias: Object.fromEntries(
       FLAGS.flatMap(({ name, short }) => short ? [[short, name]] : []),
     ),
@@ -248,42 +252,63 @@ export function parseOptions(args: string[]): CommandLine {
       );
     },
   });
-  const [stray] = given._ as unknown as string[];
+  const [stray] = given._ as string[];
   if (stray !== undefined) {
     throw new UsageError(
       `Unexpected argument ${stray} (every option begins with --)`,
     );
   }
 
-  const options: Partial<Record<keyof Options, string | number | boolean>> = {};
-  for (const { name, key, value, range } of FLAGS) {
-    const text = given[name];
+  const options: Partial<Record<keyof Options, unknown>> = {};
+  for (const { name, key, value, range, repeatable } of FLAGS) {
+    const texts = [given[name] ?? []].flat();
     if (!value) {
-      const wrong = tied.find((arg) => arg.startsWith(`--${name}=`));
-      if (wrong) throw new UsageError(`Option --${name} takes no value`);
-      if (key && text) options[key] = true;
-    } else if (key && text !== undefined) {
-      if (text === "") {
-        throw new UsageError(
-          `Option --${name} needs a value: --${name} ${value}`,
-        );
+      if (tied.some((arg) => arg.startsWith(`--${name}=`))) {
+        throw new UsageError(`Option --${name} takes no value`);
       }
-      options[key] = range
-        ? parseNumber(name, String(text), range)
-        : parseHost(String(text));
+      if (key && texts[0] === true) options[key] = true;
+    } else if (key && texts.length > 0) {
+      const values = texts.map((text) => {
+        if (text === "") {
+          throw new UsageError(
+            `Option --${name} needs a value: --${name} ${value}`,
+          );
+        }
+        return parseValue(name, String(text), range);
+      });
+      options[key] = repeatable ? values : values[0];
     }
   }
-  if (options.raw && (options.askName || options.timestamps)) {
-    const other = options.askName ? "--ask-name" : "--timestamps";
+  const { raw, askName, timestamps, tlsCert, tlsKey } = options;
+  if (raw && (askName || timestamps)) {
     throw new UsageError(
-      `Cannot use --raw with ${other}: a raw room relays lines as they are`,
+      `Cannot use --raw with ${askName ? "--ask-name" : "--timestamps"}: ` +
+        "a raw room relays lines as they are",
+    );
+  }
+  if (!tlsCert !== !tlsKey) {
+    const [one, other] = tlsCert ? ["cert", "key"] : ["key", "cert"];
+    throw new UsageError(
+      `Cannot use --tls-${one} alone: give --tls-${other} FILE too`,
     );
   }
   return {
     options: options as Partial<Options>,
+    console: given.console === true,
     help: given.help === true,
     version: given.version === true,
   };
+}
+
+function parseValue(name: string, text: string, range?: Flag["range"]) {
+  if (range) return parseNumber(name, text, range);
+  if (name === "host") return parseHost(text);
+  if (name === "allow" && parseNetwork(text) === null) {
+    throw new UsageError(
+      `Cannot use ${text} for --allow: give a network, such as 192.168.0.0/16`,
+    );
+  }
+  return text;
 }
 
 function parseNumber(name: string, text: string, [from, to]: [number, number]) {
@@ -309,11 +334,16 @@ function parseHost(text: string) {
 /** The longest line, in bytes; a longer one is passed on in pieces of this. */
 const LINE_BYTES = 4_096;
 
+const LOOPBACK = "127.0.0.1";
+
 const NUL = 0, LF = 10, CR = 13, SLASH = 47;
 
 // The commands of the telnet protocol (RFC 854) that are longer than two bytes.
 const SE = 240, SB = 250, WILL = 251, WONT = 252, DO = 253, DONT = 254;
 const IAC = 255;
+
+/** The most that one read's worth of telnet options is answered with. */
+const MOST_REPLY_BYTES = 192;
 
 /** Where in a telnet command the stream stands. */
 const enum Telnet {
@@ -380,7 +410,7 @@ const NAME =
   /^[[\p{L}\p{Nd}_\-]--\p{DI}][[\p{L}\p{M}\p{Nd}_\-]--\p{DI}]{0,23}$/v;
 
 /** Names that would make what their owner says look like the server's words. */
-const RESERVED_NAMES = new Set(["host", "you", "server"]);
+const HOST = "host", RESERVED_NAMES = new Set([HOST, "you", "server"]);
 
 const NAME_RULE = "A name is 1 to 24 letters, digits, _ or -.";
 
@@ -418,8 +448,35 @@ function plainAddress(address: string): string {
   return address.replace(/^::ffff:(?=\d+\.)/i, "");
 }
 
+/** The one spelling of an address that the system uses (RFC 5952), or `null`. */
+function canonicalAddress(text: string): string | null {
+  const plain = plainAddress(text);
+  const isIPv6 = /^[\da-f:.]*:[\da-f:.]*$/i.test(plain);
+  if (!isIPv6 && !/^\d+(\.\d+){3}$/.test(plain)) return null;
+  const url = URL.parse(`http://${isIPv6 ? `[${plain}]` : plain}/`);
+  return url && (isIPv6 ? url.hostname.slice(1, -1) : url.hostname);
+}
+
+/** Reads a network in CIDR notation (RFC 4632), or a single address. */
+function parseNetwork(
+  text: string,
+): { address: string; prefix: number } | null {
+  const [, host, bits] = /^([^/]+)(?:\/(\d{1,3}))?$/.exec(text) ?? [];
+  const address = canonicalAddress(host ?? "");
+  if (address === null) return null;
+  const most = address.includes(":") ? 128 : 32;
+  const prefix = bits === undefined ? most : Number(bits);
+  return prefix <= most ? { address, prefix } : null;
+}
+
 function formatAddress(address: string, port: number): string {
   return address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`;
+}
+
+/** What an error says, in one line. */
+function reason(error: unknown): string {
+  return (error instanceof Error ? error.message : String(error))
+    .replace(/\s+/g, " ");
 }
 
 function concatenate(parts: Uint8Array[]): Uint8Array<ArrayBuffer> {
@@ -512,7 +569,9 @@ class LineSplitter {
           this.#telnet = byte === SE ? Telnet.Text : Telnet.Subnegotiation;
       }
     }
-    if (reply.length) this.reply = new Uint8Array(reply);
+    if (reply.length) {
+      this.reply = new Uint8Array(reply.slice(0, MOST_REPLY_BYTES));
+    }
     return text.subarray(0, length);
   }
 }
@@ -612,8 +671,18 @@ interface Entry {
   from: number;
   /** The id of the only one who hears it, or {@linkcode EVERYONE}. */
   to: number;
-  /** Whether it tells of a coming or going, which some do not want to hear. */
-  coming: boolean;
+  kind: Kind;
+  /** When it was said, in milliseconds; kept for the transcript alone. */
+  time: number;
+}
+
+const enum Kind {
+  /** Talk: what the history and the transcript keep. */
+  Said,
+  /** The server's own words, and what is said to one person alone. */
+  Told,
+  /** A coming or going, which some do not want to hear. */
+  Coming,
 }
 
 /** What one write takes of a segment. */
@@ -696,6 +765,11 @@ class Segment {
     return { bytes, end: index };
   }
 
+  /** The bytes of one entry. */
+  entry(index: number): Uint8Array {
+    return this.#stretch(index, index + 1).bytes;
+  }
+
   #stretch(index: number, end: number): Batch {
     const bytes = this.bytes.subarray(this.#start(index), this.#start(end));
     return { bytes, end };
@@ -749,6 +823,9 @@ abstract class Reader {
   /** Sends something that is not in the log, ahead of what is. */
   send(text: string | Uint8Array): void {
     const bytes = typeof text === "string" ? encoder.encode(text) : text;
+    if (this.#direct && this.#direct.length > SEGMENT_BYTES) {
+      return this.tooSlow();
+    }
     this.#direct = this.#direct ? concatenate([this.#direct, bytes]) : bytes;
     this.pump();
   }
@@ -776,8 +853,17 @@ abstract class Reader {
   }
 
   ignore(other: Reader): void {
+    if (this.correspondent === other) this.correspondent = null;
     (this.ignored ??= new Map()).set(other.id, other);
     (other.ignoredBy ??= new Set()).add(this);
+  }
+
+  /** How many who are here it ignores; it forgets the others. */
+  countIgnored(): number {
+    for (const [id, other] of this.ignored ?? []) {
+      if (!this.room.readers.has(other)) this.ignored!.delete(id);
+    }
+    return this.ignored?.size ?? 0;
   }
 
   /** Tells whether it did ignore `other`. */
@@ -837,22 +923,28 @@ abstract class Reader {
         this.#index = 0;
         continue;
       }
-      const { bytes, end } = segment.first + this.#index > this.#special
-        ? segment.sharedBatch(this.#index)
-        : segment.batch(
-          this.#index,
-          (entry, index) => this.#hears(entry, segment.first + index),
-        );
+      const { bytes, end } = this.batch(segment, this.#index);
       this.#index = end;
       if (bytes.length > 0) return bytes;
     }
     return null;
   }
 
-  #hears({ from, to, coming }: Entry, number: number): boolean {
+  /** What it is written next, of a segment from the entry at `index` on. */
+  protected batch(segment: Segment, index: number): Batch {
+    return segment.first + index > this.#special
+      ? segment.sharedBatch(index)
+      : segment.batch(
+        index,
+        (entry, index) => this.#hears(entry, segment.first + index),
+      );
+  }
+
+  #hears({ from, to, kind }: Entry, number: number): boolean {
     return number < this.#last &&
       (to === EVERYONE ? from !== this.id : to === this.id) &&
-      !(coming && this.room.quiet.has(this)) && !this.ignored?.has(from);
+      !(kind === Kind.Coming && this.room.quiet.has(this)) &&
+      !this.ignored?.has(from);
   }
 }
 
@@ -992,7 +1084,7 @@ class Room {
 
   /** Takes `reader` out, who may still be given what was said before. */
   leave(reader: Reader, reason: string): void {
-    this.quiet.delete(reader);
+    reader.correspondent = null; // or each would keep the one before
     for (const other of reader.ignored?.values() ?? []) {
       other.ignoredBy?.delete(reader);
     }
@@ -1020,11 +1112,11 @@ class Room {
     for (const line of lines) {
       text += start + line + "\n";
       if (text.length > ENTRY_CHARACTERS) {
-        this.#append(text, from);
+        this.#append(text, Kind.Said, from);
         text = "";
       }
     }
-    if (text) this.#append(text, from);
+    if (text) this.#append(text, Kind.Said, from);
     if (raw || history === 0) return;
     for (const line of lines.slice(-history)) this.#history.push(start + line);
     if (this.#history.length > 2 * history) {
@@ -1037,6 +1129,11 @@ class Room {
     return this.options.raw ? "" : `[${from.name}] `;
   }
 
+  /** Begins with lines that were said before, each with the time of it. */
+  restoreHistory(lines: { time: Date; line: string }[]): void {
+    this.#history = lines.map(({ time, line }) => this.stamp(time) + line);
+  }
+
   /** The last lines said, for a newcomer. */
   get history(): string {
     const { history } = this.options;
@@ -1047,7 +1144,7 @@ class Room {
 
   /** Tells one reader something, in its place among what the room hears. */
   tell(reader: Reader, content: string | Uint8Array, from?: Reader): void {
-    if (reader.inside) this.#append(content, from, reader);
+    if (reader.inside) this.#append(content, Kind.Told, from, reader);
     else reader.send(content);
   }
 
@@ -1056,23 +1153,21 @@ class Room {
     const time = this.stamp();
     this.tell(to, `${time}[${from.name} -> you] ${text}\n`, from);
     this.tell(from, `${time}[you -> ${to.name}] ${text}\n`);
-    to.correspondent = from;
+    if (!to.ignored?.has(from.id)) to.correspondent = from;
   }
 
   /** The room's own words to everyone. */
   notice(text: string): void {
-    this.#append(`* ${text}\n`);
+    this.#append(`* ${text}\n`, Kind.Told);
   }
 
   /** The time of day before a line said, if it is wanted. */
-  stamp(): string {
+  stamp(time: Date | number = Date.now()): string {
     if (!this.options.timestamps) return "";
-    const minute = Math.floor(Date.now() / 60_000);
+    const minute = Math.floor(Number(time) / 60_000);
     if (minute !== this.#time.minute) {
-      this.#time = {
-        minute,
-        text: new Date().toTimeString().slice(0, 5) + " ",
-      };
+      const text = new Date(time).toTimeString().slice(0, 5) + " ";
+      this.#time = { minute, text };
     }
     return this.#time.text;
   }
@@ -1097,7 +1192,7 @@ class Room {
   }
 
   #noticeComing(text: string): void {
-    this.#append(`* ${text}\n`, undefined, undefined, true);
+    this.#append(`* ${text}\n`, Kind.Coming);
   }
 
   /** Says the last line that anyone hears. */
@@ -1106,22 +1201,23 @@ class Room {
     clearTimeout(this.#crowdTimer);
     const line = this.options.raw ? "Shutdown Server\n" : "* Shutdown Server\n";
     for (const reader of this.readers) if (!reader.inside) reader.send(line);
-    this.#append(line);
+    this.#append(line, Kind.Told);
   }
 
   // -- the log
 
   #append(
     content: string | Uint8Array,
+    kind: Kind,
     from?: Reader,
     to?: Reader,
-    coming = false,
   ): void {
     const entry = {
       end: 0,
       from: from?.id ?? SERVER,
       to: to?.id ?? EVERYONE,
-      coming,
+      kind,
+      time: this.options.log ? Date.now() : 0,
     };
     let added = this.#tail.add(content, entry);
     if (added === 0) {
@@ -1136,21 +1232,27 @@ class Room {
         for (const reader of from.ignoredBy) reader.markSpecial(number);
       }
     }
-    if (coming) { for (const reader of this.quiet) reader.markSpecial(number); }
-
-    this.#added += added;
-    if (this.#added > TURN_BYTES / 4) {
-      this.#turnTimer ??= setTimeout(() => {
-        this.#added = 0;
-        this.#turnTimer = undefined;
-      }, 0);
+    if (kind === Kind.Coming) {
+      for (const reader of this.quiet) reader.markSpecial(number);
     }
+
+    this.countInput(added);
     if (this.#flushing) return;
     this.#flushing = true;
     // Not a microtask: by then the event loop has looked at the sockets once
     // more, and what else was said leaves in the same writes (a sixth more
     // deliveries in a room of a hundred, and no more delay between two).
     setImmediate(this.#flush);
+  }
+
+  /** Counts bytes that were taken in, towards {@linkcode crowded}. */
+  countInput(count: number): void {
+    this.#added += count;
+    if (this.#added <= TURN_BYTES / 4) return;
+    this.#turnTimer ??= setTimeout(() => {
+      this.#added = 0;
+      this.#turnTimer = undefined;
+    }, 0);
   }
 
   #flush = (): void => {
@@ -1182,11 +1284,22 @@ const LEAST_READ_BYTES = 512, MOST_READ_BYTES = 65_536;
 /** How many seconds' worth of lines a client has in hand at the start. */
 const BURST_SECONDS = 5;
 
+/** How long to wait between reads of what one who leaves goes on sending. */
+const DISCARD_MILLISECONDS = 10;
+
+/** How long input waits at most when too much came in a turn. Each client waits
+ * a time of its own, lest the same one always be the first. */
+const CROWDED_MILLISECONDS = 4;
+
 /** How long one who leaves is given to take what is still due to it. */
 const LINGER_MILLISECONDS = 1_000;
 
-/** The first line of an HTTP request (RFC 9112, section 3). */
-const HTTP_REQUEST = /^[A-Z]+ \S+ HTTP\/\d/;
+/** The first line of an HTTP request (RFC 9112, section 3), or its first piece,
+ * if it is too long for one. */
+const HTTP_REQUEST = /^[A-Z]+ \S+ HTTP\/\d|^[A-Z]+ \S{4000,}$/;
+
+/** How a TLS handshake begins (RFC 8446, 5.1): it is no talk either. */
+const TLS_HANDSHAKE = [0x16, 0x03];
 
 /** What the server needs of a connection: TCP is one kind of door to the room. */
 export interface Connection {
@@ -1218,10 +1331,11 @@ class Client extends Reader {
   #deaf = false;
   /** Nothing more will come from it. */
   #ended = false;
-  /** All that is due to it has been written. */
+  /** All that is due to it has been written, and has left with the end of it. */
   #finished = false;
+  #sent = false;
   #spoken = false;
-  #buffer = new Uint8Array(LEAST_READ_BYTES);
+  #buffer: Uint8Array = new Uint8Array(LEAST_READ_BYTES);
   /** Made with the first words: many only listen. */
   #splitter: LineSplitter | null = null;
   /** Lines that wait for their time, from `#nextHeld` on. */
@@ -1230,7 +1344,10 @@ class Client extends Reader {
   #tokens: number;
   #refilled = 0;
   #pauseTimer: Timer | undefined;
-  #lingerTimer: Timer | undefined;
+  /** For an answer that is asked for, and at the end for what is still due. */
+  #deadline: Timer | undefined;
+  /** When it came, in milliseconds of `performance.now`. */
+  readonly since = performance.now();
 
   constructor(
     room: Room,
@@ -1260,12 +1377,21 @@ class Client extends Reader {
     if (this.#closed) return;
     if (count === null) {
       this.#ended = true;
-      if (this.#leaving) return this.#finished ? this.#close() : undefined;
+      if (this.#leaving) return this.#sent ? this.#close() : undefined;
       this.#held = this.#splitter?.end() ?? NO_LINES;
     } else {
-      if (this.#leaving) return this.read(); // and look at nothing more of it
+      if (this.#leaving) { // look at nothing more of it, and not too often
+        this.#pauseTimer = setTimeout(() => this.read(), DISCARD_MILLISECONDS);
+        return;
+      }
+      const chunk = this.#buffer.subarray(0, count);
+      if (
+        this.#splitter === null &&
+        TLS_HANDSHAKE.every((it, i) => it === chunk[i])
+      ) return this.leave("TLS, which is off");
       this.#splitter ??= new LineSplitter();
-      this.#held = this.#splitter.push(this.#buffer.subarray(0, count));
+      this.#held = this.#splitter.push(chunk);
+      if (this.#held.length === 0) this.#payForNothing(count);
       this.#sizeBuffer(count);
       if (this.#splitter.reply) this.#replyToTelnet(this.#splitter.reply);
     }
@@ -1286,6 +1412,13 @@ class Client extends Reader {
     }
   }
 
+  /** Bytes that make no line cost what as many of a long line would: they are
+   * work, and could keep the server from everyone else. */
+  #payForNothing(count: number): void {
+    this.#tokens -= count / LINE_BYTES;
+    this.room.countInput(count);
+  }
+
   #replyToTelnet(reply: Uint8Array): void {
     this.#splitter!.reply = null;
     this.room.tell(this, reply);
@@ -1295,13 +1428,15 @@ class Client extends Reader {
   /** Gives the lines held to the room, as fast as they may come, and then reads
    * on: what is not read, TCP holds back at the sender. Nothing is dropped. */
   #hearHeld(): void {
-    while (this.#nextHeld < this.#held.length) {
-      if (this.#leaving) break;
+    for (;;) {
+      const done = this.#leaving || this.#nextHeld === this.#held.length;
+      if (done && (this.#leaving || this.#ended)) break;
       const pause = this.#pause();
       if (pause !== null) {
         this.#pauseTimer = setTimeout(() => this.#hearHeld(), pause);
         return;
       }
+      if (done) break;
       this.#hearSome();
     }
     if (this.#closed) return;
@@ -1313,7 +1448,7 @@ class Client extends Reader {
 
   /** How many milliseconds the next line has to wait, or `null`. */
   #pause(): number | null {
-    if (this.room.crowded) return 0;
+    if (this.room.crowded) return Math.random() * CROWDED_MILLISECONDS;
     const { rate } = this.room.options;
     if (rate === 0) return null;
     // A token bucket: `rate` lines a second, BURST_SECONDS' worth at most.
@@ -1390,35 +1525,63 @@ class Client extends Reader {
 
   // -- leaving
 
+  /** Does something unless the deadline is lifted before. */
+  setDeadline(milliseconds: number, late: () => void): void {
+    clearTimeout(this.#deadline);
+    this.#deadline = setTimeout(late, milliseconds);
+  }
+
+  liftDeadline(): void {
+    clearTimeout(this.#deadline);
+  }
+
+  /** Sends it away, and tells it why. */
+  dismiss(how: "kicked" | "banned", why: string): void {
+    const reason = why ? `${how}: ${why}` : how;
+    if (!this.room.options.raw) this.room.tell(this, `! You were ${reason}.\n`);
+    this.leave(reason);
+  }
+
   /** Leaves the room. What it has not heard yet is still sent, for a second at
    * most, unless `drain` is false. */
   leave(reason: string, { drain = true } = {}): void {
-    if (this.#leaving) return;
+    if (this.#leaving) {
+      if (this.room.closed && this.#sent) this.#close();
+      return;
+    }
     this.#leaving = true;
     this.endLog();
     this.room.leave(this, reason);
     this.events.left(this, reason);
     if (!drain || this.#deaf) return this.#close();
-    this.#lingerTimer = setTimeout(() => this.#close(), LINGER_MILLISECONDS);
+    this.setDeadline(LINGER_MILLISECONDS, () => this.#close());
     this.pump();
   }
 
   protected finished(): void {
     if (this.#finished) return;
     this.#finished = true;
-    const { connection, room } = this;
-    if (this.#ended || room.closed || !connection.closeWrite) this.#close();
+    if (!this.connection.closeWrite) return this.#close();
     // To close with something unread would reset the connection, and what was
     // sent last could be lost on the way: end this side, and await the other.
-    else connection.closeWrite().catch(() => this.#close());
+    this.connection.closeWrite().then(
+      () => {
+        this.#sent = true;
+        if (this.#ended || this.room.closed) this.#close();
+      },
+      () => this.#close(),
+    );
   }
 
   #close(): void {
     if (this.#closed) return;
     this.#closed = true;
     clearTimeout(this.#pauseTimer);
-    clearTimeout(this.#lingerTimer);
+    this.liftDeadline();
     this.dropLog();
+    this.#buffer = NO_BYTES;
+    this.#held = NO_LINES;
+    this.#splitter = this.ignored = null;
     this.connection.close();
     this.events.closed(this);
   }
@@ -1429,19 +1592,71 @@ class Client extends Reader {
 // the same table.
 // ---------------------------------------------------------------------------
 
-interface Command {
+interface Command<Actor extends Reader> {
   name: string;
   /** What is typed after the name: needed, unless it stands in brackets. */
   arguments?: string;
   help: string;
-  run(client: Client, text: string): void;
+  run(actor: Actor, text: string): void;
+}
+
+/** Does what a line that begins with a slash says. */
+function obey<Actor extends Reader>(
+  commands: Command<Actor>[],
+  actor: Actor,
+  line: string,
+): void {
+  const [, name, rest] = /^\/(\S*)\s*(.*)$/.exec(line)!;
+  const text = rest.trimEnd(); // not by the expression: that is quadratic
+  const command = commands.find((it) => it.name === name.toLowerCase());
+  if (command !== undefined) {
+    const missing = text === "" && /^\w/.test(command.arguments ?? "");
+    if (missing) fail(actor, `Type ${usage(command)}.`);
+    else command.run(actor, text);
+  } else if (name.toLowerCase() === "help") {
+    actor.room.tell(actor, helpLines(commands));
+  } else {
+    const typed = name.slice(0, 24);
+    fail(
+      actor,
+      `There is no command /${typed}. Type /help for a list, //${typed} to say it.`,
+    );
+  }
+}
+
+function helpLines<Actor extends Reader>(commands: Command<Actor>[]): string {
+  const rows = [
+    ["/help", "this list"],
+    ...commands.map((command) => [usage(command), command.help]),
+    ["//TEXT", "say /TEXT"],
+    ["TEXT", "say TEXT to everyone here"],
+  ];
+  const width = Math.max(...rows.map(([typed]) => typed.length)) + 2;
+  return rows.map(([typed, help]) => `* ${typed.padEnd(width)}${help}\n`).join(
+    "",
+  );
+}
+
+function usage({ name, arguments: args }: Command<never>): string {
+  return args ? `/${name} ${args}` : `/${name}`;
+}
+
+/** Tells a reader what was wrong with its command, and what to do. */
+function fail(reader: Reader, text: string): void {
+  reader.room.tell(reader, `! ${text}\n`);
+}
+
+function findPerson(asker: Reader, name: string): Reader | null {
+  const person = asker.room.find(name);
+  if (person) return person;
+  fail(asker, `Nobody here is called ${name}. Type /who for who is here.`);
+  return null;
 }
 
 /** How many people one can ignore. */
 const MOST_IGNORED = 1_000;
 
-const COMMANDS: Command[] = [
-  { name: "help", help: "this list", run: printHelp },
+const COMMANDS: Command<Client>[] = [
   {
     name: "nick",
     arguments: "NAME",
@@ -1504,7 +1719,7 @@ const COMMANDS: Command[] = [
       if (person === client) fail(client, "That is you. Type another's name.");
       else if (client.stopIgnoring(person)) {
         client.room.tell(client, `* You hear ${name} again.\n`);
-      } else if (client.ignored?.size === MOST_IGNORED) {
+      } else if (client.countIgnored() === MOST_IGNORED) {
         fail(client, `You ignore ${MOST_IGNORED} people, which is the most.`);
       } else {
         client.ignore(person);
@@ -1539,45 +1754,416 @@ const COMMANDS: Command[] = [
   },
 ];
 
-function printHelp(client: Client): void {
-  const rows = [
-    ...COMMANDS.map((command) => [usage(command), command.help]),
-    ["//TEXT", "say /TEXT"],
-    ["TEXT", "say TEXT to everyone here"],
-  ];
-  const lines = rows.map(([typed, help]) => `* ${typed.padEnd(17)}${help}\n`);
-  client.room.tell(client, lines.join(""));
+// ---------------------------------------------------------------------------
+// Gate: who may come in at all, by address and by password.
+// ---------------------------------------------------------------------------
+
+class Gate {
+  /** The addresses that the operator has banned. */
+  readonly banned = new Set<string>();
+  #admits: (address: string) => boolean = () => true;
+  #isPassword: ((text: string) => boolean) | null = null;
+
+  /** Whether its rules can be applied. */
+  readonly ready: Promise<void>;
+
+  /** @param password what must be given, if it is not empty */
+  constructor(networks: string[], password: string) {
+    this.ready = Promise.all([
+      networks.length > 0 ? this.#useNetworks(networks) : null,
+      password ? this.#usePassword(password) : null,
+    ]).then(() => {});
+  }
+
+  get asksPassword(): boolean {
+    return this.#isPassword !== null;
+  }
+
+  admits(address: string): boolean {
+    return !this.banned.has(address) && this.#admits(address);
+  }
+
+  isPassword(text: string): boolean {
+    return this.#isPassword?.(text) ?? true;
+  }
+
+  // node:net and node:crypto take 35 ms and 9 MB at start-up: only a room that
+  // needs one loads it.
+
+  async #useNetworks(networks: string[]): Promise<void> {
+    const { BlockList } = await import("node:net");
+    const family = (address: string) => address.includes(":") ? "ipv6" : "ipv4";
+    const list = new BlockList();
+    for (const network of networks) {
+      const { address, prefix } = parseNetwork(network)!;
+      list.addSubnet(address, prefix, family(address));
+    }
+    this.#admits = (address) => {
+      const canonical = canonicalAddress(address);
+      return canonical !== null && list.check(canonical, family(canonical));
+    };
+  }
+
+  async #usePassword(password: string): Promise<void> {
+    const { createHash, timingSafeEqual } = await import("node:crypto");
+    // Digests have one length, so that no comparison ends early.
+    const digest = (text: string) => createHash("sha256").update(text).digest();
+    const expected = digest(password);
+    this.#isPassword = (text) => timingSafeEqual(digest(text), expected);
+  }
 }
 
-function usage({ name, arguments: args }: Command): string {
-  return args ? `/${name} ${args}` : `/${name}`;
+// ---------------------------------------------------------------------------
+// TLS: a connection in whose stead an inner one speaks TLS.
+//
+//   client ──TLS──→ outer (TCP) ⇄ middle (loopback) ──→ inner (Deno.listenTls)
+//
+// Closing a Deno.TlsConn leaves its socket open until the other side says
+// goodbye: a client that says nothing would keep its descriptor for ever. Here
+// the client's socket is a TCP one, which closes when it is closed.
+// ---------------------------------------------------------------------------
+
+class TlsEngine {
+  readonly #listener: Deno.TlsListener;
+  #turn: Promise<unknown> = Promise.resolve();
+
+  constructor(cert: string, key: string) {
+    this.#listener = Deno.listenTls({ hostname: LOOPBACK, port: 0, cert, key });
+  }
+
+  /** Two ends of one connection, the second of which speaks TLS. */
+  connect(): Promise<[Deno.TcpConn, Deno.TlsConn]> {
+    const pair = this.#turn.then(() => this.#connect());
+    this.#turn = pair.catch(() => {});
+    return pair;
+  }
+
+  async #connect(): Promise<[Deno.TcpConn, Deno.TlsConn]> {
+    const { port } = this.#listener.addr as Deno.NetAddr;
+    const middle = await Deno.connect({ hostname: LOOPBACK, port });
+    for (;;) {
+      const inner = await this.#listener.accept();
+      const from = inner.remoteAddr as Deno.NetAddr;
+      if (from.port === (middle.localAddr as Deno.NetAddr).port) {
+        return [middle, inner];
+      }
+      inner.close(); // some other program of this machine
+    }
+  }
+
+  close(): void {
+    this.#listener.close();
+  }
 }
 
-/** Tells a client what was wrong with its command, and what to do. */
-function fail(client: Client, text: string): void {
-  client.room.tell(client, `! ${text}\n`);
+class TlsConnection implements Connection {
+  readonly #outer: Deno.TcpConn;
+  readonly #inner: Promise<Deno.TlsConn>;
+  readonly #closing = new AbortController();
+  #sent: Promise<void> = Promise.resolve();
+
+  constructor(outer: Deno.TcpConn, engine: TlsEngine) {
+    this.#outer = outer;
+    this.#inner = engine.connect().then(([middle, inner]) => {
+      const { signal } = this.#closing;
+      const close = () => {
+        tryClose(middle);
+        tryClose(inner);
+      };
+      if (signal.aborted) close();
+      signal.addEventListener("abort", close);
+      this.#forward(outer, middle);
+      this.#sent = this.#forward(middle, outer);
+      return inner;
+    });
+    this.#inner.catch(() => this.close());
+  }
+
+  async #forward(from: Deno.TcpConn, to: Deno.TcpConn): Promise<void> {
+    try {
+      const { signal } = this.#closing;
+      await from.readable.pipeTo(to.writable, { signal, preventClose: true });
+      await to.closeWrite();
+    } catch {
+      this.close();
+    }
+  }
+
+  async handshake(): Promise<void> {
+    await (await this.#inner).handshake();
+  }
+
+  async read(buffer: Uint8Array): Promise<number | null> {
+    return await (await this.#inner).read(buffer);
+  }
+
+  async write(bytes: Uint8Array): Promise<number> {
+    return await (await this.#inner).write(bytes);
+  }
+
+  async closeWrite(): Promise<void> {
+    await (await this.#inner).closeWrite();
+    await this.#sent;
+  }
+
+  close(): void {
+    this.#closing.abort();
+    tryClose(this.#outer);
+  }
 }
 
-function findPerson(client: Client, name: string): Reader | null {
-  const person = client.room.find(name);
-  if (person) return person;
-  fail(client, `Nobody here is called ${name}. Type /who for who is here.`);
-  return null;
+/** Closes what may be closed already, as a stream does with its connection. */
+function tryClose(connection: Disposable): void {
+  connection[Symbol.dispose]();
 }
 
-/** Does what a line that begins with a slash says. */
-function obey(client: Client, line: string): void {
-  const [, name, text] = /^\/(\S*)\s*(.*?)\s*$/.exec(line)!;
-  const command = COMMANDS.find((it) => it.name === name.toLowerCase());
-  if (command === undefined) {
-    fail(
-      client,
-      `There is no command /${name}. Type /help for a list, or / before the line to say it.`,
-    );
-  } else if (text === "" && /^\w/.test(command.arguments ?? "")) {
-    fail(client, `Type ${usage(command)}.`);
-  } else command.run(client, text);
+// ---------------------------------------------------------------------------
+// Transcript: what is said, kept in a file. A reader of the log like any other:
+// it writes in batches, and a slow disk delays nobody.
+// ---------------------------------------------------------------------------
+
+/** How much is written to the file at once, in characters. */
+const TRANSCRIPT_BATCH = 65_536;
+
+/** How long to wait before writing again to a disk that failed. */
+const DISK_RETRY_MILLISECONDS = 1_000;
+
+/** A line of the file: the time, and what was said. */
+const TRANSCRIPT_LINE = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (.+)$/;
+
+class Transcript extends Reader {
+  readonly #file: Deno.FsFile;
+  readonly #events: { warn(line: string): void; closed(reader: Reader): void };
+  #failing = false;
+  #retry: Timer | undefined;
+  #deadline: Timer | undefined;
+
+  /** Opens the file, and takes the history from it. */
+  constructor(
+    room: Room,
+    readonly path: string,
+    events: { warn(line: string): void; closed(reader: Reader): void },
+  ) {
+    super(room);
+    this.#events = events;
+    this.#file = Deno.openSync(path, {
+      read: true,
+      append: true,
+      create: true,
+    });
+    const { isFile, size } = this.#file.statSync();
+    if (!isFile || size === 0) return;
+    // The end is enough, however large the file is.
+    const most = (room.options.history + 1) * (LINE_BYTES + 256);
+    this.#file.seekSync(Math.max(0, size - most), Deno.SeekMode.Start);
+    const tail = readFully(this.#file, Math.min(size, most));
+    if (tail.at(-1) !== LF) this.#file.writeSync(Uint8Array.of(LF));
+    if (room.options.history === 0 || room.options.raw) return;
+    const lines = decodeLines(tail).flatMap((line) => {
+      const [, time, text] = TRANSCRIPT_LINE.exec(line) ?? [];
+      return text ? [{ time: new Date(time), line: text }] : [];
+    });
+    room.restoreHistory(lines.slice(-room.options.history));
+  }
+
+  protected override batch(segment: Segment, index: number): Batch {
+    const { entries } = segment, stampLength = this.room.stamp().length;
+    let text = "";
+    for (; index < entries.length && text.length < TRANSCRIPT_BATCH; index++) {
+      const { kind, time } = entries[index];
+      if (kind !== Kind.Said) continue;
+      const start = new Date(time).toISOString() + " ";
+      for (const line of decoder.decode(segment.entry(index)).split("\n")) {
+        if (line) text += start + line.slice(stampLength) + "\n";
+      }
+    }
+    return { bytes: encoder.encode(text), end: index };
+  }
+
+  protected async write(bytes: Uint8Array): Promise<number> {
+    try {
+      const count = await this.#file.write(bytes);
+      this.#failing = false;
+      return count;
+    } catch (error) {
+      if (!this.#failing) this.#warn(`Cannot write: ${reason(error)}`);
+      this.#failing = true;
+      await new Promise((resolve) => {
+        this.#retry = setTimeout(resolve, DISK_RETRY_MILLISECONDS);
+      });
+      return 0; // and the same again
+    }
+  }
+
+  protected writeFailed(): void {}
+
+  tooSlow(): void {
+    if (!this.#failing) {
+      this.#warn("Some lines are lost: the disk is slower than the talk");
+    }
+    this.joinLog();
+  }
+
+  leave(): void {
+    this.endLog();
+    this.#deadline = setTimeout(() => this.finished(), LINGER_MILLISECONDS);
+    this.pump();
+  }
+
+  protected finished(): void {
+    clearTimeout(this.#deadline);
+    clearTimeout(this.#retry);
+    this.dropLog();
+    this.close();
+    this.#events.closed(this);
+  }
+
+  /** Closes the file. */
+  close(): void {
+    this.#file.close();
+  }
+
+  #warn(text: string): void {
+    this.#events.warn(`${text} (--log ${this.path}; the room goes on)`);
+  }
 }
+
+/** Reads `length` bytes, or up to the end. */
+function readFully(file: Deno.FsFile, length: number): Uint8Array {
+  const bytes = new Uint8Array(length);
+  let filled = 0;
+  while (filled < length) {
+    const count = file.readSync(bytes.subarray(filled));
+    if (count === null) break;
+    filled += count;
+  }
+  return bytes.subarray(0, filled);
+}
+
+// ---------------------------------------------------------------------------
+// Console: the operator's seat. It hears what everyone hears, speaks as host,
+// and keeps order.
+// ---------------------------------------------------------------------------
+
+class Console extends Reader {
+  constructor(
+    room: Room,
+    readonly gate: Gate,
+    readonly output: (line: string) => void,
+    readonly stop: () => void,
+    readonly closed: (reader: Reader) => void,
+  ) {
+    super(room);
+    this.name = HOST;
+    this.joinLog();
+  }
+
+  /** Takes a line that the operator typed. */
+  hear(typed: string): void {
+    for (
+      const line of decodeLines(breakLongLines(encoder.encode(typed)))
+    ) {
+      if (line.charCodeAt(0) !== SLASH) this.room.say(this, [line]);
+      else if (line.charCodeAt(1) === SLASH) {
+        this.room.say(this, [line.slice(1)]);
+      } else obey(CONSOLE_COMMANDS, this, line);
+    }
+  }
+
+  /** All who are connected, whether they have a name or not. */
+  get clients(): Client[] {
+    return [...this.room.readers].filter((reader) => reader instanceof Client);
+  }
+
+  protected write(bytes: Uint8Array): Promise<number> {
+    this.output(decoder.decode(bytes).trimEnd());
+    return Promise.resolve(bytes.length);
+  }
+
+  protected writeFailed(): void {}
+
+  tooSlow(): void {
+    this.joinLog();
+  }
+
+  leave(): void {
+    this.endLog();
+    this.pump();
+  }
+
+  protected finished(): void {
+    this.dropLog();
+    this.closed(this);
+  }
+}
+
+const CONSOLE_COMMANDS: Command<Console>[] = [
+  {
+    name: "who",
+    help: "who is here, from where, for how long",
+    run(host) {
+      const { room, clients } = host;
+      if (clients.length === 0) room.tell(host, "* Nobody is here.\n");
+      for (const { name, origin, since } of clients) {
+        const minutes = Math.floor((performance.now() - since) / 60_000);
+        room.tell(host, `* ${name || "(no name)"} ${origin}, ${minutes} min\n`);
+      }
+    },
+  },
+  {
+    name: "kick",
+    arguments: "NAME [REASON]",
+    help: "send somebody away",
+    run(host, text) {
+      const [, name, why] = /^(\S+)\s*(.*)$/.exec(text)!;
+      const person = findPerson(host, name);
+      if (person instanceof Client) person.dismiss("kicked", why);
+    },
+  },
+  {
+    name: "ban",
+    arguments: "NAME|ADDRESS [REASON]",
+    help: "send somebody away, and keep the address out",
+    run(host, text) {
+      const [, whom, why] = /^(\S+)\s*(.*)$/.exec(text)!;
+      const person = host.room.find(whom);
+      const address = person instanceof Client
+        ? person.address
+        : canonicalAddress(whom);
+      if (address === null) {
+        return fail(
+          host,
+          `Nobody here is called ${whom}, and it is no address.`,
+        );
+      }
+      host.gate.banned.add(address);
+      host.room.tell(host, `* ${address} is banned.\n`);
+      for (const client of host.clients) {
+        if (client.address === address) client.dismiss("banned", why);
+      }
+    },
+  },
+  {
+    name: "unban",
+    arguments: "ADDRESS",
+    help: "let an address in again",
+    run(host, text) {
+      const address = canonicalAddress(text) ?? text;
+      if (host.gate.banned.delete(address)) {
+        host.room.tell(host, `* ${address} is no longer banned.\n`);
+      } else fail(host, `${text} is not banned. Type /banned for who is.`);
+    },
+  },
+  {
+    name: "banned",
+    help: "which addresses are banned",
+    run(host) {
+      const list = [...host.gate.banned].join(", ") || "none";
+      host.room.tell(host, `* Banned: ${list}\n`);
+    },
+  },
+  { name: "quit", help: "stop the server", run: (host) => host.stop() },
+];
 
 // ---------------------------------------------------------------------------
 // Server: the listener, who is let in, and the end.
@@ -1585,6 +2171,13 @@ function obey(client: Client, line: string): void {
 
 /** How long to wait when the system accepts no connections for the moment. */
 const ACCEPT_RETRY_MILLISECONDS = 100;
+
+/** How long a newcomer has for what must come before anything else: TLS's
+ * handshake, the password. */
+const PATIENCE_MILLISECONDS = 30_000;
+
+/** How many wrong passwords are too many. */
+const PASSWORD_TRIES = 3;
 
 /** How seldom to say again that it does not. */
 const ACCEPT_REPORT_MILLISECONDS = 60_000;
@@ -1627,7 +2220,9 @@ export class ChatServer implements AsyncDisposable {
   readonly #options: Options;
   readonly #reports: Reports;
   readonly #listener: Deno.TcpListener;
+  readonly #tls: TlsEngine | null;
   readonly #room: Room;
+  readonly #gate: Gate;
   /** How many of each address are here. */
   readonly #addresses = new Map<string, number>();
   #here = 0;
@@ -1641,10 +2236,20 @@ export class ChatServer implements AsyncDisposable {
     this.#options = options;
     this.#reports = reports;
     this.#room = new Room(options);
-    this.#listener = Deno.listen({
-      hostname: options.host,
-      port: options.port,
-    });
+    // The files first: nobody shall knock at a door that does not open.
+    const { host, port, passwordFile, tlsCert, tlsKey, log } = options;
+    const password = passwordFile && readPassword(passwordFile);
+    const tls = tlsCert && [readFile(tlsCert), readFile(tlsKey)];
+    this.#gate = new Gate(options.allow, password);
+    const transcript = log ? this.#openTranscript(log) : null;
+    try {
+      this.#tls = tls ? new TlsEngine(tls[0], tls[1]) : null;
+      this.#listener = Deno.listen({ hostname: host, port });
+    } catch (error) {
+      transcript?.close();
+      const where = formatAddress(host, port);
+      throw openError(`Cannot listen on ${where}`, listenProblem(error), error);
+    }
     this.addr = this.#listener.addr as Deno.NetAddr;
     this.#accepting = this.#accept();
     this.finished = this.#accepting.then(() => this.stop());
@@ -1656,9 +2261,8 @@ export class ChatServer implements AsyncDisposable {
    * @param options what differs from the defaults of the command line
    * @param reports where comings and goings, and troubles, are told
    * @returns the server, which accepts connections already
-   * @throws {Deno.errors.AddrInUse} if the port is in use
-   * @throws {Deno.errors.AddrNotAvailable} if the address is not this machine's
-   * @throws {Deno.errors.NotCapable} if `--allow-net` does not cover it
+   * @throws {OpenError} if a file cannot be read or written, or the address and
+   * port cannot be listened on; what the system said is its `cause`
    *
    * @example
    * ```ts
@@ -1692,7 +2296,40 @@ export class ChatServer implements AsyncDisposable {
    * ```
    */
   stop(): Promise<void> {
-    return this.#stopped ??= this.#stop();
+    // Later, as what it does can let promises run that come back here.
+    return this.#stopped ??= Promise.resolve().then(() => this.#stop());
+  }
+
+  /**
+   * Gives someone the operator's seat: to speak as `host`, to hear what everyone
+   * hears, and to keep order by the commands that `/help` lists.
+   *
+   * @param lines what the operator types; its end leaves the room running
+   * @param print where lines for the operator go
+   * @returns a promise that resolves at the end of `lines`
+   *
+   * @example
+   * ```ts
+   * import { ChatServer } from "./main.ts";
+   *
+   * await using server = ChatServer.listen({ host: "127.0.0.1", port: 0 });
+   * const typed = ReadableStream.from(["hello, everyone", "/who"]);
+   * await server.operate(typed, (line) => console.log(line));
+   * ```
+   */
+  async operate(
+    lines: AsyncIterable<string>,
+    print: (line: string) => void,
+  ): Promise<void> {
+    const seat = new Console(
+      this.#room,
+      this.#gate,
+      print,
+      () => this.stop(),
+      (reader) => this.#forget(reader),
+    );
+    this.#room.readers.add(seat);
+    for await (const line of lines) seat.hear(line);
   }
 
   /** Stops the server at the end of an `await using` block. */
@@ -1701,24 +2338,36 @@ export class ChatServer implements AsyncDisposable {
   }
 
   async #stop(): Promise<void> {
-    this.#listener.close();
+    this.#reports.print?.("Shutdown Server ......");
     this.#room.close();
+    this.#listener.close();
+    this.#tls?.close();
     for (const reader of this.#room.readers) reader.leave("");
     if (this.#room.readers.size > 0) await this.#empty.promise;
     await this.#accepting; // only then is the port free
   }
 
   async #accept(): Promise<void> {
-    while (this.#stopped === null) {
+    await this.#gate.ready;
+    while (!this.#room.closed) {
       try {
         for await (const conn of this.#listener) {
-          conn.setNoDelay(true); // a line does not wait for another to join it
-          conn.setKeepAlive(true); // who vanished is noticed some day
-          this.admit(conn, conn.remoteAddr);
+          try {
+            conn.setNoDelay(true); // a line does not wait for another to join it
+            conn.setKeepAlive(true); // who vanished is noticed some day
+            const connection = this.#tls
+              ? new TlsConnection(conn, this.#tls)
+              : conn;
+            this.#admit(connection, conn.remoteAddr);
+          } catch (error) { // its own trouble: the loop goes on
+            tryClose(conn);
+            this.#reports.warn?.(`Cannot admit a connection: ${reason(error)}`);
+          }
         }
+        return; // it is closed
       } catch (error) {
         // Out of descriptors, for one. The listener itself is still good.
-        if (this.#stopped !== null) return;
+        if (this.#room.closed) return;
         if (error instanceof Deno.errors.ConnectionAborted) continue;
         this.#reportAccept(error);
         await new Promise((resolve) =>
@@ -1760,10 +2409,19 @@ export class ChatServer implements AsyncDisposable {
     connection: Connection,
     remote: { hostname: string; port: number },
   ): void {
-    const { maxClients, maxPerAddress, raw, askName } = this.#options;
+    this.#gate.ready.then(() => this.#admit(connection, remote));
+  }
+
+  #admit(
+    connection: Connection & { handshake?(): Promise<unknown> },
+    remote: { hostname: string; port: number },
+  ): void {
+    const { maxClients, maxPerAddress } = this.#options;
     const address = plainAddress(remote.hostname);
     const fromHere = this.#addresses.get(address) ?? 0;
-    if (this.#room.closed) return connection.close();
+    if (this.#room.closed || !this.#gate.admits(address)) {
+      return connection.close();
+    }
     if (this.#here >= maxClients) {
       return refuse(connection, "The room is full. Try again later.");
     }
@@ -1780,11 +2438,56 @@ export class ChatServer implements AsyncDisposable {
     this.#addresses.set(address, fromHere + 1);
     this.#here++;
     this.#room.readers.add(client);
-    if (raw) client.joinLog();
-    else if (askName) this.#askName(client);
-    else this.#enter(client, this.#room.guestName());
+    if (connection.handshake) this.#shakeHands(client, connection.handshake());
+    else this.#receive(client);
     this.#report(`New Connection from ${client.origin}`, client.name);
+  }
+
+  /** Waits for TLS, at the cost of nobody else. */
+  #shakeHands(client: Client, handshake: Promise<unknown>): void {
+    const fail = () => client.leave("no TLS", { drain: false });
+    client.setDeadline(PATIENCE_MILLISECONDS, fail);
+    handshake.then(() => {
+      client.liftDeadline();
+      this.#receive(client);
+    }, fail);
+  }
+
+  /** Begins with a newcomer: asks what is to be asked, then lets it in. */
+  #receive(client: Client): void {
+    if (this.#gate.asksPassword) this.#askPassword(client);
+    else this.#letIn(client);
     client.read();
+  }
+
+  #letIn(client: Client): void {
+    if (this.#options.raw) client.joinLog();
+    else if (this.#options.askName) this.#askName(client);
+    else this.#enter(client, this.#room.guestName());
+  }
+
+  #askPassword(client: Client): void {
+    const prompt = "* This room has a password. What is it?\n";
+    // In a raw room the question is the only line that is not a relayed one.
+    const refuse = (why: string) => this.#options.raw || client.send(why);
+    let tries = 0;
+    client.send(prompt);
+    client.setDeadline(PATIENCE_MILLISECONDS, () => {
+      refuse("! That took too long.\n");
+      client.leave("no password");
+    });
+    client.asker = (line) => {
+      if (this.#gate.isPassword(line)) {
+        client.asker = null;
+        client.liftDeadline();
+        this.#letIn(client);
+        this.#report(`Password given by ${client.origin}`, client.name);
+      } else {
+        refuse("! That is not the password.\n");
+        if (++tries < PASSWORD_TRIES) client.send(prompt);
+        else client.leave("no password");
+      }
+    };
   }
 
   /** Asks for a name, as Protohackers' Budget Chat does. */
@@ -1795,11 +2498,11 @@ export class ChatServer implements AsyncDisposable {
       const refusal = this.#room.refusal(name, client);
       if (refusal !== null) {
         client.send(`! ${refusal} Join again with another.\n`);
-        return client.leave(refusal);
+        return client.leave("no name");
       }
       client.asker = null;
       this.#enter(client, name!);
-      this.#report(`${client.origin} is now`, client.name);
+      this.#report(`Name given by ${client.origin}`, client.name);
     };
   }
 
@@ -1814,12 +2517,13 @@ export class ChatServer implements AsyncDisposable {
         : welcome + room.whoIsHere("nobody else yet"),
     );
     room.setName(client, name);
-    if (room.history) client.send(room.history);
+    const { history } = room;
+    if (history) client.send(history);
     room.enter(client);
   }
 
   readonly #events: ClientEvents = {
-    command: obey,
+    command: (client, line) => obey(COMMANDS, client, line),
     left: (client, reason) => {
       this.#here--;
       const { address, name } = client;
@@ -1828,11 +2532,31 @@ export class ChatServer implements AsyncDisposable {
       else this.#addresses.delete(address);
       this.#report(`Connection closed by ${client.origin}`, name, reason);
     },
-    closed: (client) => {
-      this.#room.readers.delete(client);
-      if (this.#room.readers.size === 0) this.#empty.resolve();
-    },
+    closed: (client) => this.#forget(client),
   };
+
+  #forget(reader: Reader): void {
+    this.#room.readers.delete(reader);
+    this.#room.quiet.delete(reader);
+    if (this.#room.closed && this.#room.readers.size === 0) {
+      this.#empty.resolve();
+    }
+  }
+
+  #openTranscript(path: string): Transcript {
+    try {
+      const transcript = new Transcript(this.#room, path, {
+        warn: (line) => this.#reports.warn?.(line),
+        closed: (reader) => this.#forget(reader),
+      });
+      this.#room.readers.add(transcript);
+      transcript.joinLog();
+      return transcript;
+    } catch (error) {
+      const flags = `--allow-read=${path} --allow-write=${path}`;
+      throw openError(`Cannot open ${path}`, fileProblem(error, flags), error);
+    }
+  }
 
   #report(what: string, name: string, reason = ""): void {
     if (this.#options.quiet || this.#room.closed) return;
@@ -1843,14 +2567,67 @@ export class ChatServer implements AsyncDisposable {
 
 /** Tells a newcomer why it cannot come in. */
 function refuse(connection: Connection, why: string): void {
-  const close = () => connection.close();
+  let open = true;
+  const close = () => {
+    clearTimeout(late);
+    if (open) connection.close();
+    open = false;
+  };
+  const late = setTimeout(close, LINGER_MILLISECONDS); // as TLS may never begin
   connection.write(encoder.encode(`! ${why}\n`)).then(close, close);
 }
 
-/** What an error says, in one line. */
-function reason(error: unknown): string {
-  return (error instanceof Error ? error.message : String(error))
-    .replace(/\s+/g, " ");
+/** Why the room cannot be opened, and what to do. */
+function listenProblem(error: unknown): string {
+  if (error instanceof Deno.errors.NotCapable) {
+    return "the network is not permitted (run it with --allow-net)";
+  }
+  if (error instanceof Deno.errors.AddrInUse) {
+    return "the port is in use (choose another with --port)";
+  }
+  if (error instanceof Deno.errors.AddrNotAvailable) {
+    return "this machine does not have that address (choose one with --host)";
+  }
+  if (error instanceof Deno.errors.PermissionDenied) {
+    return "the system does not permit it (choose a --port above 1023)";
+  }
+  if (error instanceof Deno.errors.InvalidData) {
+    return `${reason(error)} (--tls-cert and --tls-key take PEM files)`;
+  }
+  return `${reason(error)} (choose an address with --host)`;
+}
+
+function readFile(path: string): string {
+  try {
+    return Deno.readTextFileSync(path);
+  } catch (error) {
+    const problem = fileProblem(error, `--allow-read=${path}`);
+    throw openError(`Cannot read ${path}`, problem, error);
+  }
+}
+
+function readPassword(path: string): string {
+  const [password] = readFile(path).split(/\r?\n/);
+  if (password) return password;
+  throw openError(`Cannot use ${path}`, "its first line is to be the password");
+}
+
+function openError(what: string, why: string, cause?: unknown): OpenError {
+  return new OpenError(`${what}: ${why}`, { cause });
+}
+
+/** Why a file cannot be opened, and what to do. */
+function fileProblem(error: unknown, flags: string): string {
+  if (error instanceof Deno.errors.NotCapable) {
+    // Devices need more: Deno says "Requires all access".
+    const all = error.message.includes("all access");
+    return `it is not permitted (run it with ${all ? "--allow-all" : flags})`;
+  }
+  if (error instanceof Deno.errors.NotFound) return "there is no such file";
+  if (error instanceof Deno.errors.PermissionDenied) {
+    return "the system does not permit it (look at the file's owner and mode)";
+  }
+  return reason(error);
 }
 
 // ---------------------------------------------------------------------------
@@ -1881,9 +2658,10 @@ class Printer {
     this.#written ??= this.#write();
   }
 
-  /** Resolves when all is written, or cannot be. */
-  async flush(): Promise<void> {
-    await this.#written;
+  /** Resolves when all is written, or cannot be in that time. */
+  async flush(milliseconds: number): Promise<void> {
+    const late = new Promise((resolve) => setTimeout(resolve, milliseconds));
+    await Promise.race([this.#written, late]);
   }
 
   async #write(): Promise<void> {
@@ -1904,23 +2682,6 @@ class Printer {
     }
     this.#written = null;
   }
-}
-
-/** Why the room cannot be opened, and what to do. */
-function listenProblem(error: unknown): string {
-  if (error instanceof Deno.errors.NotCapable) {
-    return "the network is not permitted (run it with --allow-net)";
-  }
-  if (error instanceof Deno.errors.AddrInUse) {
-    return "the port is in use (choose another with --port)";
-  }
-  if (error instanceof Deno.errors.AddrNotAvailable) {
-    return "this machine does not have that address (choose one with --host)";
-  }
-  if (error instanceof Deno.errors.PermissionDenied) {
-    return "the system does not permit it (choose a --port above 1023)";
-  }
-  return `${reason(error)} (choose an address with --host)`;
 }
 
 function leaveWith(message: string, status: number): never {
@@ -1947,9 +2708,8 @@ async function main(args: string[]): Promise<void> {
       warn: (line) => errors.print(`parley: ${line}`),
     });
   } catch (error) {
-    const { host, port } = { ...DEFAULTS, ...commandLine.options };
-    const where = formatAddress(host, port);
-    return leaveWith(`Cannot listen on ${where}: ${listenProblem(error)}`, 1);
+    if (!(error instanceof OpenError)) throw error;
+    return leaveWith(error.message, 1);
   }
 
   const { hostname, port } = server.addr;
@@ -1959,22 +2719,33 @@ async function main(args: string[]): Promise<void> {
       `Join with: nc ${anywhere ? "localhost" : hostname} ${port}`,
   );
 
+  // Whoever stops the server, a signal or the operator, it ends like this.
+  server.finished.then(async () => {
+    await output.flush(LINGER_MILLISECONDS / 4);
+    Deno.exit(0);
+  });
   let stopping = false;
   const stopOn = (signal: Deno.Signal, number: number) =>
-    Deno.addSignalListener(signal, async () => {
+    Deno.addSignalListener(signal, () => {
       if (stopping) Deno.exit(128 + number);
       stopping = true;
-      output.print("Shutdown Server ......");
-      const late = new Promise((resolve) =>
-        setTimeout(resolve, LINGER_MILLISECONDS)
-      );
-      await Promise.race([late, server.stop().then(() => output.flush())]);
-      Deno.exit(0);
+      server.stop();
     });
   stopOn("SIGINT", 2);
   if (Deno.build.os === "windows") stopOn("SIGBREAK", 21);
   else stopOn("SIGTERM", 15);
-  await server.finished;
+  if (commandLine.console) {
+    await server.operate(await typedLines(), (line) => output.print(line))
+      .catch((error) => errors.print(`parley: The console ends: ${error}`));
+  }
+}
+
+/** What is typed on standard input. Who is not asked for the console must leave
+ * it alone: a terminal stops a background job that reads. */
+async function typedLines(): Promise<ReadableStream<string>> {
+  const { TextLineStream } = await import("@std/streams/text-line-stream");
+  return Deno.stdin.readable.pipeThrough(new TextDecoderStream())
+    .pipeThrough(new TextLineStream());
 }
 
 if (import.meta.main) await main(Deno.args);

@@ -151,11 +151,16 @@ class Program implements AsyncDisposable {
     this.errors = new Lines(child.stderr);
   }
 
-  static command(args: string[], permissions = ["--allow-net"], shell = "") {
+  static command(
+    args: string[],
+    permissions = ["--allow-net"],
+    shell = "",
+    stdin: "null" | "piped" = "null",
+  ) {
     const main = new URL("main.ts", import.meta.url).pathname;
     const words = [Deno.execPath(), "run", ...permissions, main, ...args];
     const options = {
-      stdin: "null",
+      stdin,
       stdout: "piped",
       stderr: "piped",
       env: { NO_COLOR: "1" },
@@ -168,16 +173,35 @@ class Program implements AsyncDisposable {
       : new Deno.Command(words[0], { args: words.slice(1), ...options });
   }
 
-  static async start(args: string[] = [], shell = ""): Promise<Program> {
+  static async start(
+    args: string[] = [],
+    { shell = "", permissions = ["--allow-net"], typing = false } = {},
+  ): Promise<Program> {
     const child = Program.command(
       ["--host", "127.0.0.1", "--port", "0", ...args],
-      undefined,
+      permissions,
       shell,
+      typing ? "piped" : "null",
     ).spawn();
     const output = new Lines(child.stdout);
     const line = await output.find(/^Listening on /);
     return new Program(child, Number(/:(\d+)\. Join/.exec(line)![1]), output);
   }
+
+  /** Types lines on its standard input. */
+  async type(...lines: string[]): Promise<void> {
+    this.#typist ??= this.child.stdin.getWriter();
+    const text = lines.map((line) => line + "\n").join("");
+    await this.#typist.write(encoder.encode(text));
+  }
+
+  /** Ends its standard input. */
+  async typeEnd(): Promise<void> {
+    await this.#typist?.close();
+    this.#typist = null;
+  }
+
+  #typist: WritableStreamDefaultWriter<Uint8Array> | null = null;
 
   /** How many descriptors the process has open. */
   async descriptors(): Promise<number> {
@@ -196,6 +220,7 @@ class Program implements AsyncDisposable {
       this.child.kill("SIGKILL");
     } catch { /* it has ended already */ }
     await this.child.status;
+    await this.#typist?.close().catch(() => {});
     await this.output[Symbol.asyncDispose]();
     await this.errors[Symbol.asyncDispose]();
   }
@@ -753,6 +778,49 @@ Deno.test("a first line that is an HTTP request is refused", async () => {
   await alice.find(/^\[bob\] GET \/ HTTP\/1\.1$/); // not a first line
 });
 
+Deno.test("a TLS handshake, or an over-long HTTP request, is not talk", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port);
+  await using secure = await Guest.connect(server.port);
+  await secure.send([0x16, 0x03, 0x01, 10, 65, 66, 10]);
+  await secure.rest();
+  await alice.find(/left the room \(TLS, which is off\)$/);
+  await using page = await Guest.connect(server.port);
+  await page.send(`POST /${"a".repeat(6_000)} HTTP/1.1\r\n\r\nhello\r\n`);
+  await alice.find(/left the room \(a web request\)$/);
+});
+
+Deno.test("an answer goes to the last who was heard, not to one ignored", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await using mallory = await Guest.join(server.port, "mallory");
+  await bob.say("/ignore mallory");
+  await bob.find(/do not hear mallory/);
+  await alice.say("/msg bob our plan?");
+  await bob.find(/our plan/);
+  await mallory.say("/msg bob x");
+  await mallory.find(/you -> bob/);
+  await bob.say("/reply tomorrow");
+  await alice.find(/^\[bob -> you\] tomorrow$/);
+});
+
+Deno.test("bytes that make no line neither block nor evict anyone", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port, "alice");
+  for (const bytes of [[IAC, DO, 6], [10], [IAC, SB, 1]]) {
+    const flooder = await Guest.connect(server.port);
+    const flooding = flooder.send(
+      Array.from({ length: 3_000_000 }, (_, i) => bytes[i % bytes.length]),
+    ).catch(() => {});
+    for (let i = 0; i < 5; i++) {
+      await within(alice.settle(), "an answer", 1_000);
+    }
+    flooder.conn.close();
+    await flooding;
+  }
+});
+
 // -- slow readers, pace and limits
 
 Deno.test({
@@ -851,7 +919,7 @@ Deno.test({
   name: "out of descriptors, the room goes on and newcomers wait",
   ignore: !LINUX,
   async fn() {
-    await using program = await Program.start([], "ulimit -n 64;");
+    await using program = await Program.start([], { shell: "ulimit -n 64;" });
     await using alice = await Guest.join(program.port, "alice");
     const crowd: Deno.TcpConn[] = [];
     for (let i = 0; i < 70; i++) {
@@ -898,6 +966,457 @@ Deno.test("a standard output that nobody reads does not stop the room", async ()
   assertEquals((await within(program.child.status, "the exit", 2_500)).code, 0);
 });
 
+// -- who gets in
+
+/** A file that is gone at the end. */
+class TemporaryFile implements Disposable {
+  readonly path = Deno.makeTempFileSync();
+
+  constructor(content: string) {
+    Deno.writeTextFileSync(this.path, content);
+  }
+
+  get lines(): string[] {
+    return Deno.readTextFileSync(this.path).split("\n").slice(0, -1);
+  }
+
+  [Symbol.dispose](): void {
+    Deno.removeSync(this.path);
+  }
+}
+
+/** Lets 30 seconds of the servers in this process pass in a tenth of one. */
+function hurry(): Disposable {
+  const { setTimeout } = globalThis;
+  globalThis.setTimeout =
+    ((run: () => void, milliseconds: number) =>
+      setTimeout(
+        run,
+        milliseconds === 30_000 ? 100 : milliseconds,
+      )) as typeof setTimeout;
+  return {
+    [Symbol.dispose]() {
+      globalThis.setTimeout = setTimeout;
+    },
+  };
+}
+
+const ASKED = "* This room has a password. What is it?";
+
+Deno.test("nothing is seen or heard before the password is given", async () => {
+  using file = new TemporaryFile("open sesame\n");
+  const printed: string[] = [];
+  await using server = open({ passwordFile: file.path, history: 20 }, printed);
+  await using alice = await Guest.connect(server.port);
+  assertEquals(await alice.next(), ASKED);
+  await alice.say("open sesame");
+  assertMatch((await alice.next())!, /^\* Welcome, guest1/);
+  assertEquals(await alice.next(), "* The room contains: nobody else yet");
+
+  await using mallory = await Guest.connect(server.port);
+  assertEquals(await mallory.next(), ASKED);
+  await alice.say("a secret", "/who");
+  assertEquals(await alice.next(), "* The room contains: guest1");
+  await mallory.say("/who", "hello?", "open sesame!");
+  for (let i = 0; i < 3; i++) {
+    assertEquals(await mallory.next(), "! That is not the password.");
+    if (i < 2) assertEquals(await mallory.next(), ASKED);
+  }
+  assertEquals(await mallory.next(), null);
+  await alice.settle(); // and has heard nothing of it
+
+  await using bob = await Guest.connect(server.port);
+  await bob.say("open sesame", "thanks"); // at once, as a script does
+  assertEquals(await alice.next(), "* guest2 has entered the room");
+  assertEquals(await alice.next(), "[guest2] thanks");
+  await bob.find(/^\[guest1\] a secret$/);
+  await bob.settle();
+  assert(!printed.join().includes("sesame"));
+  assertMatch(printed[3], /\(no password, 1 here\)$/);
+});
+
+Deno.test("the password is asked for before a name, and in a raw room", async () => {
+  using file = new TemporaryFile("x y\r\n");
+  await using named = open({ passwordFile: file.path, askName: true });
+  await using alice = await Guest.connect(named.port);
+  assertEquals(await alice.next(), ASKED);
+  await alice.say("x y");
+  assertMatch((await alice.next())!, /name\?$/);
+
+  const printed: string[] = [];
+  await using raw = open({ passwordFile: file.path, raw: true }, printed);
+  await using bob = await Guest.connect(raw.port);
+  await using carol = await Guest.connect(raw.port);
+  await bob.say("x y");
+  await eventually(() => printed.length === 3, "the password is taken");
+  await carol.say("wrong", "x y", "hello");
+  assertEquals(await bob.next(), ASKED);
+  assertEquals(await bob.next(), "hello");
+  await raw.stop();
+  assertEquals(await carol.rest(), [ASKED, ASKED, "Shutdown Server"]);
+});
+
+Deno.test("who gives no password in time is sent away", async () => {
+  using file = new TemporaryFile("x");
+  using _hurry = hurry();
+  await using server = open({ passwordFile: file.path });
+  await using alice = await Guest.connect(server.port);
+  assertEquals(await alice.rest(), [ASKED, "! That took too long."]);
+});
+
+/** A certificate for localhost, or `null` where there is no openssl. */
+const certificate = await (async () => {
+  const directory = await Deno.makeTempDir();
+  const [cert, key] = [`${directory}/cert.pem`, `${directory}/key.pem`];
+  try {
+    const { success } = await new Deno.Command("openssl", {
+      args:
+        "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -addext basicConstraints=critical,CA:FALSE"
+          .split(" ").concat("-keyout", key, "-out", cert),
+      stderr: "null",
+      stdout: "null",
+    }).output();
+    return success ? { cert, key } : null;
+  } catch {
+    return null;
+  }
+})();
+
+async function connectTls(port: number): Promise<Deno.TlsConn> {
+  const caCerts = [await Deno.readTextFile(certificate!.cert)];
+  const conn = await Deno.connectTls({ hostname: "localhost", port, caCerts });
+  await conn.handshake();
+  return conn;
+}
+
+Deno.test({
+  name: "people talk over TLS, whoever else stalls or errs at the handshake",
+  ignore: !certificate,
+  async fn() {
+    const printed: string[] = [];
+    await using server = open(
+      { tlsCert: certificate!.cert, tlsKey: certificate!.key },
+      printed,
+    );
+    using silent = await Deno.connect({ port: server.port });
+    await using plain = await Guest.connect(server.port);
+    await plain.say("hello in plain text");
+    assertEquals((await plain.rest()).join().includes("Welcome"), false);
+    await eventually(
+      () => printed.some((line) => line.includes("(no TLS, ")),
+      "the error",
+    );
+
+    using first = await connectTls(server.port),
+      second = await connectTls(server.port);
+    await using alice = new Lines(first.readable);
+    await using bob = new Lines(second.readable);
+    await alice.find(/guest2 has entered/);
+    await second.write(encoder.encode("over TLS\n"));
+    assertEquals(await alice.next(), "[guest2] over TLS");
+    await server.stop();
+    assertEquals((await bob.rest()).at(-1), "* Shutdown Server");
+    assert(silent);
+  },
+});
+
+Deno.test({
+  name: "a handshake that never ends is given up",
+  ignore: !certificate,
+  async fn() {
+    using _hurry = hurry();
+    await using server = open({
+      tlsCert: certificate!.cert,
+      tlsKey: certificate!.key,
+    });
+    await using silent = await Guest.connect(server.port);
+    assertEquals(await silent.next(), null);
+  },
+});
+
+Deno.test("only the networks that are allowed come in, and others without a word", async () => {
+  await using server = open({
+    allow: ["10.0.0.0/8", "127.0.0.2", "::1/128"],
+    host: "::",
+  });
+  const from = async (address: string) => {
+    const rest: string[] = [];
+    const conn = {
+      read: () => new Promise<null>(() => {}),
+      write: (bytes: Uint8Array) => {
+        rest.push(new TextDecoder().decode(bytes));
+        return Promise.resolve(bytes.length);
+      },
+      closed: Promise.withResolvers<string>(),
+      close() {
+        this.closed.resolve(rest.join());
+      },
+    };
+    server.admit(conn, { hostname: address, port: 1 });
+    return await Promise.race([
+      conn.closed.promise,
+      eventually(() => rest.length > 0, "an answer").then(() => rest.join()),
+    ]);
+  };
+  for (const address of ["10.1.2.3", "::ffff:10.9.9.9", "127.0.0.2", "::1"]) {
+    assertMatch(await from(address), /Welcome/);
+  }
+  for (const address of ["127.0.0.1", "11.0.0.1", "::ffff:127.0.0.3", "::2"]) {
+    assertEquals(await from(address), "");
+  }
+  await using alice = await Guest.connect(server.port); // ::ffff:127.0.0.1
+  assertEquals(await alice.next(), null);
+});
+
+// -- who keeps order
+
+Deno.test("the operator speaks as host, hears the room, and keeps order", async (t) => {
+  await using program = await Program.start(["--console", "--quiet"], {
+    typing: true,
+  });
+  const { output } = program;
+  await using alice = await Guest.join(program.port, "alice");
+  await using bob = await Guest.join(program.port, "bob");
+  await alice.find(/known as bob/);
+  await output.find(/^\* guest2 is now known as bob$/);
+
+  await t.step("speaks as host", async () => {
+    await program.type("hello all", "//path", "\x1b[31mred");
+    assertEquals(await alice.next(), "[host] hello all");
+    assertEquals(await alice.next(), "[host] /path");
+    assertEquals(await alice.next(), "[host] red");
+    await bob.find(/red/);
+  });
+  await t.step("hears what everyone hears, and nothing private", async () => {
+    await alice.say("/msg bob secret", "hi", "/me waves");
+    assertEquals(await output.next(), "[alice] hi");
+    assertEquals(await output.next(), "** alice waves");
+    await bob.find(/waves/);
+    await alice.find(/secret/);
+    await bob.say("/msg host hi", "/nick host");
+    assertMatch((await bob.next())!, /^! Nobody here is called host/);
+    assertMatch((await bob.next())!, /^! The name host is reserved/);
+  });
+  await t.step("lists who is here", async () => {
+    await program.type("/who");
+    assertMatch((await output.next())!, /^\* alice 127\.0\.0\.1:\d+, 0 min$/);
+    assertMatch((await output.next())!, /^\* bob 127\.0\.0\.1:\d+, 0 min$/);
+  });
+  await t.step("is told what cannot be done", async () => {
+    await program.type(
+      "/dance",
+      "/kick",
+      "/kick zoe",
+      "/ban zoe",
+      "/unban 1.2.3.4",
+    );
+    assertMatch((await output.next())!, /^! There is no command \/dance\./);
+    assertEquals(await output.next(), "! Type /kick NAME [REASON].");
+    assertMatch((await output.next())!, /^! Nobody here is called zoe/);
+    assertMatch(
+      (await output.next())!,
+      /^! Nobody here is called zoe, and it is no address/,
+    );
+    assertMatch((await output.next())!, /^! 1\.2\.3\.4 is not banned/);
+    await program.type("/help");
+    for (const name of ["who", "kick", "ban", "unban", "banned", "quit"]) {
+      await output.find(new RegExp(`^\\* /${name} `));
+    }
+    await output.find(/^\* TEXT /);
+  });
+  await t.step("kicks", async () => {
+    await program.type("/kick bob too loud");
+    assertEquals(await bob.next(), "! You were kicked: too loud.");
+    assertEquals(await bob.next(), null);
+    assertEquals(
+      await alice.next(),
+      "* bob has left the room (kicked: too loud)",
+    );
+    assertEquals(
+      await output.next(),
+      "* bob has left the room (kicked: too loud)",
+    );
+  });
+  await t.step("bans and unbans", async () => {
+    await using bob = await Guest.join(program.port, "bob");
+    await program.type("/ban 127.0.0.1", "/banned");
+    await output.find(/^\* 127\.0\.0\.1 is banned\.$/);
+    assert((await alice.rest()).includes("! You were banned."));
+    assert((await bob.rest()).includes("! You were banned."));
+    await output.find(/^\* Banned: 127\.0\.0\.1$/);
+    await using carol = await Guest.connect(program.port);
+    assertEquals(await carol.next(), null);
+    await program.type("/unban 127.0.0.1");
+    await output.find(/^\* 127\.0\.0\.1 is no longer banned\.$/);
+  });
+  await t.step("ends its input, and the room goes on", async () => {
+    await program.typeEnd();
+    await using carol = await Guest.join(program.port, "carol");
+    await carol.settle();
+  });
+});
+
+Deno.test("the operator stops the server", async () => {
+  await using program = await Program.start(["--console"], { typing: true });
+  await using alice = await Guest.join(program.port);
+  await program.type("/quit");
+  await program.output.find(/^Shutdown Server \.{6}$/);
+  assertEquals(await alice.rest(), ["* Shutdown Server"]);
+  assertEquals((await within(program.child.status, "the exit")).code, 0);
+});
+
+Deno.test("without --console standard input is left alone", async () => {
+  await using program = await Program.start([], { typing: true });
+  await using alice = await Guest.join(program.port);
+  await program.type("hello", "/quit");
+  await program.typeEnd();
+  await alice.settle();
+});
+
+// -- what is kept
+
+/** The transcript without its times, which are checked. */
+function spoken(file: TemporaryFile): string[] {
+  return file.lines.map((line) => {
+    assertMatch(line, /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z /);
+    assert(Math.abs(Date.parse(line.slice(0, 24)) - Date.now()) < 60_000);
+    return line.slice(25);
+  });
+}
+
+Deno.test("what is said is in the transcript, and is the next room's history", async () => {
+  using file = new TemporaryFile("");
+  const options = { log: file.path, history: 2, timestamps: true };
+  const first = open(options);
+  const alice = await Guest.join(first.port, "alice");
+  await alice.say("one", "/msg alice private", "/me waves", "/nick bob", "two");
+  await alice.find(/known as bob/);
+  await first.stop();
+  await alice[Symbol.asyncDispose]();
+  assertEquals(spoken(file), ["[alice] one", "** alice waves", "[bob] two"]);
+
+  await using second = open(options);
+  await using carol = await Guest.join(second.port);
+  assertMatch((await carol.next())!, /^\d\d:\d\d \*\* alice waves$/);
+  assertMatch((await carol.next())!, /^\d\d:\d\d \[bob\] two$/);
+  await carol.say("three");
+  await eventually(() => file.lines.length === 4, "the line in the file");
+});
+
+Deno.test("a transcript is read from its end, and a broken last line is no harm", async () => {
+  using file = new TemporaryFile("");
+  const old = "2026-01-31T12:34:56.789Z [old] ";
+  const megabyte = (old + "x".repeat(100) + "\n").repeat(8_000);
+  for (let i = 0; i < 30; i++) {
+    await Deno.writeTextFile(file.path, megabyte, { append: true });
+  }
+  await Deno.writeTextFile(
+    file.path,
+    `not a line\n${old}last\n${old.slice(0, 20)}`,
+    { append: true },
+  );
+  const started = performance.now();
+  await using server = open({ log: file.path, history: 2 });
+  assert(performance.now() - started < 200); // of 30 MB
+  await using alice = await Guest.join(server.port);
+  assertEquals(await alice.next(), "[old] " + "x".repeat(100));
+  assertEquals(await alice.next(), "[old] last");
+  await alice.say("new");
+  await eventually(
+    () => / \[guest1\] new$/.test(file.lines.at(-1)!),
+    "the line",
+  );
+});
+
+Deno.test({
+  name: "a full disk is said once, and the room goes on",
+  ignore: !LINUX,
+  async fn() {
+    await using program = await Program.start(["--log", "/dev/full"], {
+      permissions: ["--allow-all"], // as Deno wants it for a device
+    });
+    await using alice = await Guest.join(program.port, "alice");
+    await using bob = await Guest.join(program.port, "bob");
+    await alice.say("one");
+    assertMatch(
+      await program.errors.find(/./),
+      /^parley: Cannot write: No space left on device.*\(--log \/dev\/full; the room goes on\)$/,
+    );
+    await alice.say("two");
+    await bob.find(/two/);
+    program.child.kill("SIGTERM");
+    assertEquals(
+      (await within(program.child.status, "the exit", 3_000)).code,
+      0,
+    );
+    assertEquals(await program.errors.rest(), []);
+  },
+});
+
+Deno.test("a file that cannot be used is one line and status 1", async (t) => {
+  using empty = new TemporaryFile("\n"), file = new TemporaryFile("x");
+  const cases: [args: string[], permissions: string[], message: string][] = [
+    [
+      ["--password-file", file.path],
+      [],
+      `Cannot read ${file.path}: it is not permitted (run it with --allow-read=${file.path})`,
+    ],
+    [
+      ["--password-file", empty.path],
+      [`--allow-read=${empty.path}`],
+      `Cannot use ${empty.path}: its first line is to be the password`,
+    ],
+    [
+      ["--password-file", "/no/such"],
+      ["--allow-read"],
+      "Cannot read /no/such: there is no such file",
+    ],
+    [
+      ["--tls-cert", file.path, "--tls-key", file.path],
+      [],
+      `Cannot read ${file.path}: it is not permitted (run it with --allow-read=${file.path})`,
+    ],
+    [
+      ["--log", file.path],
+      [],
+      `Cannot open ${file.path}: it is not permitted (run it with --allow-read=${file.path} --allow-write=${file.path})`,
+    ],
+    [
+      ["--log", "/no/such/file"],
+      ["--allow-read", "--allow-write"],
+      "Cannot open /no/such/file: there is no such file",
+    ],
+  ];
+  for (const [args, permissions, message] of cases) {
+    await t.step(message.replaceAll(/\/tmp\/\w+/g, "FILE"), async () => {
+      assertEquals(
+        await run(["--host", "127.0.0.1", "-p", "0", ...args], [
+          "--allow-net",
+          ...permissions,
+        ]),
+        { code: 1, output: "", errors: `parley: ${message}\n` },
+      );
+    });
+  }
+  await t.step("certificates that are none", async () => {
+    const { code, errors } = await run(
+      [
+        "--host",
+        "127.0.0.1",
+        "-p",
+        "0",
+        "--tls-cert",
+        file.path,
+        "--tls-key",
+        file.path,
+      ],
+      ["--allow-net", "--allow-read"],
+    );
+    assertEquals(code, 1);
+    assertMatch(errors, /^parley: Cannot listen on .*PEM.*\n$/);
+  });
+});
+
 // -- the command line
 
 Deno.test("a command line that cannot be used is one line and status 2", async (t) => {
@@ -938,6 +1457,19 @@ Deno.test("a command line that cannot be used is one line and status 2", async (
       "--raw --ask-name",
       "Cannot use --raw with --ask-name: a raw room relays lines as they are",
     ],
+    [
+      "--allow 10.0.0.0/33",
+      "Cannot use 10.0.0.0/33 for --allow: give a network, such as 192.168.0.0/16",
+    ],
+    [
+      "--allow ten",
+      "Cannot use ten for --allow: give a network, such as 192.168.0.0/16",
+    ],
+    [
+      "--tls-cert c.pem",
+      "Cannot use --tls-cert alone: give --tls-key FILE too",
+    ],
+    ["--tls-key k.pem", "Cannot use --tls-key alone: give --tls-cert FILE too"],
     ["8008", "Unexpected argument 8008 (every option begins with --)"],
   ];
   for (const [args, message] of cases) {
@@ -1010,6 +1542,12 @@ Deno.test("--help fits 80 columns and names every option and default", async () 
     ["--rate LINES", "(20)"],
     ["--max-clients N", "(10000)"],
     ["--max-per-address N", "(0)"],
+    ["--allow CIDR", "(all)"],
+    ["--password-file FILE", "(none)"],
+    ["--tls-cert FILE", "(none)"],
+    ["--tls-key FILE", "(none)"],
+    ["--log FILE", "(none)"],
+    ["--console", ""],
     ["--quiet", ""],
     ["-h, --help", ""],
     ["-V, --version", ""],
