@@ -1107,9 +1107,10 @@ Deno.test({
       "the error",
     );
 
-    using first = await connectTls(server.port),
-      second = await connectTls(server.port);
+    using first = await connectTls(server.port);
     await using alice = new Lines(first.readable);
+    await alice.find(/^\* The room contains/);
+    using second = await connectTls(server.port);
     await using bob = new Lines(second.readable);
     await alice.find(/guest2 has entered/);
     await second.write(encoder.encode("over TLS\n"));
