@@ -25,8 +25,7 @@
  * a slow client holds up nobody, and memory has one bound.
  *
  * The parts, top to bottom, each using only what stands above it: options,
- * text, room, client, commands, gate,
- * transcript, console, server, main.
+ * text, room, client, commands, gate, TLS, transcript, console, server, main.
  *
  * @module
  */
@@ -633,7 +632,8 @@ function decodeLines(bytes: Uint8Array): string[] {
 const SEGMENT_BYTES = 65_536;
 
 /** The window: how many segments are kept (4 MiB). Who needs an older one is too
- * slow. This is the bound on the room's memory, however many listen. */
+ * slow. This is the bound on the log, however many listen; the history and each
+ * client's buffers have bounds of their own. */
 const WINDOW_SEGMENTS = 64;
 
 /** The most entries in a segment, so that the window holds few objects even if
@@ -641,7 +641,7 @@ const WINDOW_SEGMENTS = 64;
 const SEGMENT_ENTRIES = 2_048;
 
 /** The most bytes that are copied to leave in one write, where what a reader
- * hears lies in pieces. It is all that a stalled reader can hold on its own. */
+ * hears lies in pieces. A stalled reader holds no more of the log than this. */
 const COPIED_BYTES = 16_384;
 
 /** The most characters in one entry, so that each fits a segment: three bytes
@@ -820,7 +820,8 @@ abstract class Reader {
   /** Leaves, as if of its own accord. */
   abstract leave(reason: string): void;
 
-  /** Sends something that is not in the log, ahead of what is. */
+  /** Sends something that is not in the log, ahead of what is. Who has left more
+   * than a segment of it unread is too slow. */
   send(text: string | Uint8Array): void {
     const bytes = typeof text === "string" ? encoder.encode(text) : text;
     if (this.#direct && this.#direct.length > SEGMENT_BYTES) {
@@ -1323,7 +1324,7 @@ interface ClientEvents {
   closed(client: Client): void;
 }
 
-/** How many bytes the least read buffers are cut from: a few share one
+/** How many bytes the least read buffers are cut from: sixteen share one
  * allocation, which saves 0.6 KB a client (of 9.7). */
 const SLAB_BYTES = 4_096;
 
@@ -1347,8 +1348,9 @@ class Client extends Reader {
   #deaf = false;
   /** Nothing more will come from it. */
   #ended = false;
-  /** All that is due to it has been written, and has left with the end of it. */
+  /** All that is due to it has been written. */
   #finished = false;
+  /** And has left, with the end of the stream behind it. */
   #sent = false;
   #spoken = false;
   #buffer: Uint8Array = leastBuffer();
@@ -1445,8 +1447,8 @@ class Client extends Reader {
    * on: what is not read, TCP holds back at the sender. Nothing is dropped. */
   #hearHeld(): void {
     for (;;) {
-      const done = this.#leaving || this.#nextHeld === this.#held.length;
-      if (done && (this.#leaving || this.#ended)) break;
+      const done = this.#nextHeld === this.#held.length;
+      if (this.#leaving || (done && this.#ended)) break;
       const pause = this.#pause();
       if (pause !== null) {
         this.#pauseTimer = setTimeout(() => this.#hearHeld(), pause);
@@ -1543,7 +1545,7 @@ class Client extends Reader {
 
   /** Does something unless the deadline is lifted before. */
   setDeadline(milliseconds: number, late: () => void): void {
-    clearTimeout(this.#deadline);
+    this.liftDeadline();
     this.#deadline = setTimeout(late, milliseconds);
   }
 
@@ -2293,7 +2295,7 @@ export class ChatServer implements AsyncDisposable {
     options: Partial<Options> = {},
     reports: Reports = {},
   ): ChatServer {
-    const { history } = options.askName ? { history: 0 } : DEFAULTS;
+    const history = options.askName ? 0 : DEFAULTS.history;
     return new ChatServer({ ...DEFAULTS, history, ...options }, reports);
   }
 
