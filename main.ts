@@ -95,16 +95,34 @@ export interface CommandLine {
   version: boolean;
 }
 
-/** A command line that cannot be used; the message says what to do. */
+/** Options that cannot be used; the message says what to do. */
 export class UsageError extends Error {
   /** What kind of error it is. */
   override name = "UsageError";
+
+  /** @param message one line, whatever was typed into it */
+  constructor(message: string) {
+    super(singleLine(message));
+  }
 }
 
 /** A room that cannot be opened; the message says why, and what to do. */
 export class OpenError extends Error {
   /** What kind of error it is. */
   override name = "OpenError";
+
+  /**
+   * @param message one line, whatever the names of files in it
+   * @param options what caused it
+   */
+  constructor(message: string, options?: ErrorOptions) {
+    super(singleLine(message), options);
+  }
+}
+
+/** A text without line ends and what else a terminal does not show as it is. */
+function singleLine(text: string): string {
+  return text.replace(/[\p{C}\p{Z}]+/gu, " ");
 }
 
 const DEFAULTS: Options = {
@@ -153,7 +171,7 @@ const FLAGS: Flag[] = [
   { name: "timestamps", key: "timestamps",
     help: "put the time, 12:34, before each line said" },
   { name: "history", key: "history", value: "LINES", range: [0, 10_000],
-    help: "said lines shown to a newcomer" },
+    help: "said lines for a newcomer, 0 with --ask-name" },
   { name: "rate", key: "rate", value: "LINES", range: [0, 1_000_000],
     help: "lines a second for each client, 0 is no limit" },
   { name: "max-clients", key: "maxClients", value: "N", range: [1, 1_000_000],
@@ -259,23 +277,66 @@ export function parseOptions(args: string[]): CommandLine {
   }
 
   const options: Partial<Record<keyof Options, unknown>> = {};
-  for (const { name, key, value, range, repeatable } of FLAGS) {
+  for (const flag of FLAGS) {
+    const { name, key, value, range, repeatable } = flag;
     const texts = [given[name] ?? []].flat();
     if (!value) {
-      if (tied.some((arg) => arg.startsWith(`--${name}=`))) {
+      const assigned = names([flag]).map((name) => `${dashed(name)}=`);
+      if (tied.some((arg) => assigned.some((it) => arg.startsWith(it)))) {
         throw new UsageError(`Option --${name} takes no value`);
       }
       if (key && texts[0] === true) options[key] = true;
     } else if (key && texts.length > 0) {
-      const values = texts.map((text) => {
-        if (text === "") {
-          throw new UsageError(
-            `Option --${name} needs a value: --${name} ${value}`,
-          );
-        }
-        return parseValue(name, String(text), range);
-      });
+      if (texts.includes("")) {
+        throw new UsageError(
+          `Option --${name} needs a value: --${name} ${value}`,
+        );
+      }
+      const values = texts.map((text) =>
+        range && /^\d+$/.test(String(text)) ? Number(text) : text
+      );
       options[key] = repeatable ? values : values[0];
+    }
+  }
+  checkOptions(options);
+  return {
+    options: options as Partial<Options>,
+    console: given.console === true,
+    help: given.help === true,
+    version: given.version === true,
+  };
+}
+
+/** Throws a {@linkcode UsageError} if no room can be opened with `options`. */
+function checkOptions(options: Partial<Record<keyof Options, unknown>>): void {
+  for (const { name, key, range } of FLAGS) {
+    const value = key && options[key];
+    if (value === undefined) continue;
+    const expect = (usable: boolean, what: string, given = value) => {
+      if (usable) return;
+      throw new UsageError(`Cannot use ${given} for --${name}: give ${what}`);
+    };
+    if (range) {
+      const [from, to] = range;
+      const number = Number.isInteger(value) ? Number(value) : NaN;
+      expect(
+        number >= from && number <= to,
+        `a whole number from ${from} to ${to}`,
+      );
+    } else if (name === "host") {
+      // Letters, digits and what else an address or a host name can hold.
+      expect(
+        /^[\p{L}\p{N}.:%_-]+$/u.test(String(value)),
+        "an address, such as 127.0.0.1 or ::",
+      );
+    } else if (name === "allow") {
+      for (const network of value as string[]) {
+        expect(
+          parseNetwork(network) !== null,
+          "a network, such as 192.168.0.0/16",
+          network,
+        );
+      }
     }
   }
   const { raw, askName, timestamps, tlsCert, tlsKey } = options;
@@ -291,39 +352,6 @@ export function parseOptions(args: string[]): CommandLine {
       `Cannot use --tls-${one} alone: give --tls-${other} FILE too`,
     );
   }
-  return {
-    options: options as Partial<Options>,
-    console: given.console === true,
-    help: given.help === true,
-    version: given.version === true,
-  };
-}
-
-function parseValue(name: string, text: string, range?: Flag["range"]) {
-  if (range) return parseNumber(name, text, range);
-  if (name === "host") return parseHost(text);
-  if (name === "allow" && parseNetwork(text) === null) {
-    throw new UsageError(
-      `Cannot use ${text} for --allow: give a network, such as 192.168.0.0/16`,
-    );
-  }
-  return text;
-}
-
-function parseNumber(name: string, text: string, [from, to]: [number, number]) {
-  const number = /^\d+$/.test(text) ? Number(text) : NaN;
-  if (number >= from && number <= to) return number;
-  throw new UsageError(
-    `Cannot use ${text} for --${name}: give a whole number from ${from} to ${to}`,
-  );
-}
-
-function parseHost(text: string) {
-  // Letters, digits and what else an address or a host name can hold.
-  if (/^[\p{L}\p{N}.:%_-]+$/u.test(text)) return text;
-  throw new UsageError(
-    `Cannot use ${text} for --host: give an address, such as 127.0.0.1 or ::`,
-  );
 }
 
 // ---------------------------------------------------------------------------
@@ -949,6 +977,50 @@ abstract class Reader {
   }
 }
 
+/** The most bytes of history that are kept, however many lines were asked for. */
+const HISTORY_BYTES = 1_048_576;
+
+/** The last lines said, encoded, for newcomers. */
+class History {
+  #parts: { bytes: Uint8Array; lines: number }[] = [];
+  #lines = 0;
+  #length = 0;
+  /** All of it, for the next newcomer too, until more is said. */
+  #whole: Uint8Array | null = null;
+
+  /** @param most how many lines it keeps */
+  constructor(readonly most: number) {}
+
+  /** Adds `lines` lines. `bytes` stays as it is, and keeps nothing else alive. */
+  add(bytes: Uint8Array, lines: number): void {
+    this.#parts.push({ bytes, lines });
+    this.#lines += lines;
+    this.#length += bytes.length;
+    this.#whole = null;
+    for (;;) {
+      const [{ bytes, lines }] = this.#parts;
+      const enough = this.#lines - lines >= this.most;
+      if (!enough && this.#length <= HISTORY_BYTES) break;
+      this.#parts.shift();
+      this.#lines -= lines;
+      this.#length -= bytes.length;
+    }
+  }
+
+  /** The lines, of which the oldest part can hold more than are wanted. */
+  get bytes(): Uint8Array {
+    if (this.#whole === null) {
+      const whole = concatenate(this.#parts.map(({ bytes }) => bytes));
+      let start = 0;
+      for (let extra = this.#lines - this.most; extra > 0; extra--) {
+        start = whole.indexOf(LF, start) + 1;
+      }
+      this.#whole = whole.subarray(start);
+    }
+    return this.#whole;
+  }
+}
+
 type Coming = "entered" | "left";
 
 function comingText(what: Coming, name: string, reason: string): string {
@@ -999,7 +1071,8 @@ class Room {
   #head = new Segment(0);
   #tail = this.#head;
   #segments = 1;
-  #history: string[] = [];
+  /** None, if a newcomer is shown none. */
+  readonly #history: History | null;
   #flushing = false;
   #lastId = 0;
   #guests = 0;
@@ -1014,7 +1087,10 @@ class Room {
   /** Whether the last line has been said. */
   closed = false;
 
-  constructor(readonly options: Options) {}
+  constructor(readonly options: Options) {
+    const { raw, history } = options;
+    this.#history = raw || history === 0 ? null : new History(history);
+  }
 
   nextId(): number {
     return ++this.#lastId;
@@ -1079,7 +1155,7 @@ class Room {
 
   /** `reader`, who has a name, begins to hear and be heard. */
   enter(reader: Reader): void {
-    this.#tellComing("entered", reader.name, "");
+    this.#tellComing("entered", reader, "");
     reader.joinLog();
   }
 
@@ -1090,7 +1166,7 @@ class Room {
       other.ignoredBy?.delete(reader);
     }
     if (reader.name && this.#forgetName(reader)) {
-      this.#tellComing("left", reader.name, reason);
+      this.#tellComing("left", reader, reason);
     }
   }
 
@@ -1107,22 +1183,24 @@ class Room {
     lines: readonly string[],
     prefix: string = this.prefix(from),
   ): void {
-    const { raw, history } = this.options;
     const start = this.stamp() + prefix;
-    let text = "";
+    let text = "", count = 0;
     for (const line of lines) {
       text += start + line + "\n";
+      count++;
       if (text.length > ENTRY_CHARACTERS) {
-        this.#append(text, Kind.Said, from);
+        this.#appendSaid(text, count, from);
         text = "";
+        count = 0;
       }
     }
-    if (text) this.#append(text, Kind.Said, from);
-    if (raw || history === 0) return;
-    for (const line of lines.slice(-history)) this.#history.push(start + line);
-    if (this.#history.length > 2 * history) {
-      this.#history = this.#history.slice(-history);
-    }
+    if (text) this.#appendSaid(text, count, from);
+  }
+
+  #appendSaid(text: string, lines: number, from: Reader): void {
+    this.#append(text, Kind.Said, from);
+    const { entries } = this.#tail;
+    this.#history?.add(this.#tail.entry(entries.length - 1).slice(), lines);
   }
 
   /** What stands before a line that `from` says. */
@@ -1132,15 +1210,14 @@ class Room {
 
   /** Begins with lines that were said before, each with the time of it. */
   restoreHistory(lines: { time: Date; line: string }[]): void {
-    this.#history = lines.map(({ time, line }) => this.stamp(time) + line);
+    for (const { time, line } of lines) {
+      this.#history?.add(encoder.encode(`${this.stamp(time)}${line}\n`), 1);
+    }
   }
 
   /** The last lines said, for a newcomer. */
-  get history(): string {
-    const { history } = this.options;
-    return history === 0
-      ? ""
-      : this.#history.slice(-history).map((line) => line + "\n").join("");
+  get history(): Uint8Array {
+    return this.#history?.bytes ?? NO_BYTES;
   }
 
   /** Tells one reader something, in its place among what the room hears. */
@@ -1157,9 +1234,10 @@ class Room {
     if (!to.ignored?.has(from.id)) to.correspondent = from;
   }
 
-  /** The room's own words to everyone. */
-  notice(text: string): void {
-    this.#append(`* ${text}\n`, Kind.Told);
+  /** The room's own words about `of`, to everyone but who ignores it. */
+  notice(text: string, of: Reader): void {
+    this.#append(`* ${text}\n`, Kind.Told, of);
+    this.tell(of, `* ${text}\n`);
   }
 
   /** The time of day before a line said, if it is wanted. */
@@ -1176,12 +1254,13 @@ class Room {
   /** In a small room at once; in a crowd one line a second, lest comings drown
    * the talk, and past a thousand people seldomer, lest they keep the server
    * busy: a thousand deliveries a second at most. */
-  #tellComing(what: Coming, name: string, reason: string): void {
+  #tellComing(what: Coming, reader: Reader, reason: string): void {
     if (this.options.raw || this.closed) return;
     if (this.people.size <= CROWD && this.#crowdTimer === undefined) {
-      return this.#noticeComing(comingText(what, name, reason));
+      const text = comingText(what, reader.name, reason);
+      return this.#noticeComing(text, reader);
     }
-    this.#comings.add(what, name, reason);
+    this.#comings.add(what, reader.name, reason);
     const wait = Math.max(1_000, this.people.size);
     this.#crowdTimer ??= setTimeout(() => this.#tellCrowd(), wait);
   }
@@ -1192,8 +1271,8 @@ class Room {
     this.#crowdTimer = undefined;
   }
 
-  #noticeComing(text: string): void {
-    this.#append(`* ${text}\n`, Kind.Coming);
+  #noticeComing(text: string, of?: Reader): void {
+    this.#append(`* ${text}\n`, Kind.Coming, of);
   }
 
   /** Says the last line that anyone hears. */
@@ -1279,8 +1358,10 @@ class Room {
 // ---------------------------------------------------------------------------
 
 /** The least and the most that is read at once, in bytes. Who only listens has
- * the least waiting; a full read makes it eight times that, a small one ends it. */
-const LEAST_READ_BYTES = 256, MOST_READ_BYTES = 65_536;
+ * the least waiting; a full read makes it eight times that, a small one ends it.
+ * Who is paced gets no more than the second: what was read has to wait here. */
+const LEAST_READ_BYTES = 256, PACED_READ_BYTES = 2_048;
+const MOST_READ_BYTES = 65_536;
 
 /** How many seconds' worth of lines a client has in hand at the start. */
 const BURST_SECONDS = 5;
@@ -1423,8 +1504,10 @@ class Client extends Reader {
 
   #sizeBuffer(count: number): void {
     const size = this.#buffer.length;
-    if (count === size && size < MOST_READ_BYTES) {
-      this.#buffer = new Uint8Array(Math.min(size * 8, MOST_READ_BYTES));
+    const paced = this.room.options.rate > 0;
+    const most = paced ? PACED_READ_BYTES : MOST_READ_BYTES;
+    if (count === size && size < most) {
+      this.#buffer = new Uint8Array(Math.min(size * 8, most));
     } else if (count <= LEAST_READ_BYTES / 2 && size > LEAST_READ_BYTES) {
       this.#buffer = leastBuffer();
     }
@@ -1671,6 +1754,10 @@ function findPerson(asker: Reader, name: string): Reader | null {
   return null;
 }
 
+/** What a reason that the server gives begins with; typed, it is put in quotes. */
+const SERVER_REASON =
+  /^\P{L}*(too slow|kicked|banned|TLS|a web request|no (?:name|password|TLS))/iu;
+
 /** How many people one can ignore. */
 const MOST_IGNORED = 1_000;
 
@@ -1685,7 +1772,7 @@ const COMMANDS: Command<Client>[] = [
       if (refusal) fail(client, `${refusal} Choose one with /nick NAME.`);
       else if (name === client.name) fail(client, `You are ${name} already.`);
       else {
-        room.notice(`${client.name} is now known as ${name}`);
+        room.notice(`${client.name} is now known as ${name}`, client);
         room.setName(client, name!);
       }
     },
@@ -1768,7 +1855,8 @@ const COMMANDS: Command<Client>[] = [
     name: "quit",
     arguments: "[REASON]",
     help: "leave the room",
-    run: (client, text) => client.leave(text),
+    run: (client, text) =>
+      client.leave(SERVER_REASON.test(text) ? `"${text}"` : text),
   },
 ];
 
@@ -2236,7 +2324,7 @@ export class ChatServer implements AsyncDisposable {
   /** Resolves when the server has stopped and every connection is closed. */
   readonly finished: Promise<void>;
   readonly #options: Options;
-  readonly #reports: Reports;
+  readonly #reports: Required<Reports>;
   readonly #listener: Deno.TcpListener;
   readonly #tls: TlsEngine | null;
   readonly #room: Room;
@@ -2252,7 +2340,10 @@ export class ChatServer implements AsyncDisposable {
   /** Use {@linkcode ChatServer.listen}. */
   private constructor(options: Options, reports: Reports) {
     this.#options = options;
-    this.#reports = reports;
+    // Later, so that an error of theirs is the embedding program's own.
+    const later = (report?: (line: string) => void) => (line: string) =>
+      queueMicrotask(() => report?.(line));
+    this.#reports = { print: later(reports.print), warn: later(reports.warn) };
     this.#room = new Room(options);
     // The files first: nobody shall knock at a door that does not open.
     const { host, port, passwordFile, tlsCert, tlsKey, log } = options;
@@ -2279,6 +2370,7 @@ export class ChatServer implements AsyncDisposable {
    * @param options what differs from the defaults of the command line
    * @param reports where comings and goings, and troubles, are told
    * @returns the server, which accepts connections already
+   * @throws {UsageError} if an option is out of its range, or contradicts another
    * @throws {OpenError} if a file cannot be read or written, or the address and
    * port cannot be listened on; what the system said is its `cause`
    *
@@ -2295,8 +2387,13 @@ export class ChatServer implements AsyncDisposable {
     options: Partial<Options> = {},
     reports: Reports = {},
   ): ChatServer {
+    checkOptions(options);
     const history = options.askName ? 0 : DEFAULTS.history;
-    return new ChatServer({ ...DEFAULTS, history, ...options }, reports);
+    const given = Object.entries(options).filter(([, it]) => it !== undefined);
+    return new ChatServer(
+      { ...DEFAULTS, history, ...Object.fromEntries(given) },
+      reports,
+    );
   }
 
   /**
@@ -2356,7 +2453,7 @@ export class ChatServer implements AsyncDisposable {
   }
 
   async #stop(): Promise<void> {
-    this.#reports.print?.("Shutdown Server ......");
+    this.#reports.print("Shutdown Server ......");
     this.#room.close();
     this.#listener.close();
     this.#tls?.close();
@@ -2379,7 +2476,7 @@ export class ChatServer implements AsyncDisposable {
             this.#admit(connection, conn.remoteAddr);
           } catch (error) { // its own trouble: the loop goes on
             tryClose(conn);
-            this.#reports.warn?.(`Cannot admit a connection: ${reason(error)}`);
+            this.#reports.warn(`Cannot admit a connection: ${reason(error)}`);
           }
         }
         return; // it is closed
@@ -2399,7 +2496,7 @@ export class ChatServer implements AsyncDisposable {
     const now = performance.now();
     if (now - this.#lastAcceptReport < ACCEPT_REPORT_MILLISECONDS) return;
     this.#lastAcceptReport = now;
-    this.#reports.warn?.(
+    this.#reports.warn(
       `Cannot accept connections for now: ${reason(error)} ` +
         `(newcomers wait; a higher ulimit -n lets more in)`,
     );
@@ -2536,7 +2633,7 @@ export class ChatServer implements AsyncDisposable {
     );
     room.setName(client, name);
     const { history } = room;
-    if (history) client.send(history);
+    if (history.length > 0) client.send(history);
     room.enter(client);
   }
 
@@ -2564,7 +2661,7 @@ export class ChatServer implements AsyncDisposable {
   #openTranscript(path: string): Transcript {
     try {
       const transcript = new Transcript(this.#room, path, {
-        warn: (line) => this.#reports.warn?.(line),
+        warn: (line) => this.#reports.warn(line),
         closed: (reader) => this.#forget(reader),
       });
       this.#room.readers.add(transcript);
@@ -2579,7 +2676,7 @@ export class ChatServer implements AsyncDisposable {
   #report(what: string, name: string, reason = ""): void {
     if (this.#options.quiet || this.#room.closed) return;
     const who = (name && `${name}, `) + (reason && `${reason}, `);
-    this.#reports.print?.(`${what} (${who}${this.#here} here)`);
+    this.#reports.print(`${what} (${who}${this.#here} here)`);
   }
 }
 

@@ -4,10 +4,10 @@
  *
  * A test waits for what it expects, and fails if that has not come in time.
  */
-import { assert, assertEquals, assertMatch } from "@std/assert";
+import { assert, assertEquals, assertMatch, assertThrows } from "@std/assert";
 import { TextLineStream as UntypedLineStream } from "@std/streams/text-line-stream";
 import config from "./deno.json" with { type: "json" };
-import { ChatServer, type Options } from "./main.ts";
+import { ChatServer, type Options, UsageError } from "./main.ts";
 
 // The npm build of @std has no types.
 const TextLineStream: new () => TransformStream<string, string> =
@@ -459,6 +459,8 @@ Deno.test("the commands do what /help says", async (t) => {
     assertMatch((await bob.next())!, /^\* You do not hear alice now\./);
     await alice.say("unheard", "/me unseen", "/msg bob unread");
     await alice.find(/^\[you -> bob\] unread$/);
+    await alice.say("/nick noise", "/nick alice");
+    await alice.find(/^\* noise is now known as alice$/);
     await bob.say("/ignore alice");
     assertEquals(await bob.next(), "* You hear alice again.");
     await alice.say("heard");
@@ -485,6 +487,9 @@ Deno.test("the commands do what /help says", async (t) => {
     await bob.say("/quit so long");
     assertEquals(await alice.next(), "* bob has left the room (so long)");
     await bob.rest();
+    await using carol = await Guest.join(server.port, "carol");
+    await carol.say("/quit Too slow"); // it was not the server who said so
+    await alice.find(/^\* carol has left the room \("Too slow"\)$/);
   });
 });
 
@@ -555,6 +560,18 @@ Deno.test("a newcomer is shown the last public lines", async () => {
   assertEquals(await carol.next(), "[alice] four");
   await bob.say("five");
   assertEquals(await carol.next(), "[bob] five");
+});
+
+Deno.test("a history of many long lines is bounded in bytes too", async () => {
+  await using server = open({ history: 10_000, rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await flood(alice, 400, 4_000);
+  await alice.settle();
+  await using bob = await Guest.join(server.port);
+  await alice.say("the last");
+  const shown = [await bob.next()];
+  while (!shown.at(-1)!.endsWith(" the last")) shown.push(await bob.next());
+  assert(shown.length > 200 && shown.length < 270, `${shown.length} lines`);
 });
 
 Deno.test("the time of day stands before what is said", async () => {
@@ -1454,6 +1471,11 @@ Deno.test("a command line that cannot be used is one line and status 2", async (
       "Cannot use not!one for --host: give an address, such as 127.0.0.1 or ::",
     ],
     ["--raw=no", "Option --raw takes no value"],
+    ["-h=1", "Option --help takes no value"],
+    [
+      "--host two\nlines",
+      "Cannot use two lines for --host: give an address, such as 127.0.0.1 or ::",
+    ],
     [
       "--raw --ask-name",
       "Cannot use --raw with --ask-name: a raw room relays lines as they are",
@@ -1587,6 +1609,36 @@ Deno.test("several rooms in one process do not touch each other", async () => {
   await carol.say("hello");
   assertEquals(await alice.next(), "* guest2 has entered the room");
   assertEquals(await alice.next(), "[guest2] hello");
+});
+
+Deno.test("options that cannot be used are refused to a program too", () => {
+  for (
+    const [options, message] of [
+      [{ port: 70_000 }, "Cannot use 70000 for --port"],
+      [{ rate: NaN }, "Cannot use NaN for --rate"],
+      [{ maxClients: 1.5 }, "Cannot use 1.5 for --max-clients"],
+      [{ allow: ["nowhere"] }, "Cannot use nowhere for --allow"],
+      [{ raw: true, askName: true }, "Cannot use --raw with --ask-name"],
+    ] satisfies [Partial<Options>, string][]
+  ) assertThrows(() => ChatServer.listen(options), UsageError, message);
+});
+
+Deno.test("an option that is undefined has its default", async () => {
+  await using server = open({ rate: undefined, maxClients: undefined });
+  await using alice = await Guest.join(server.port);
+  await using bob = await Guest.join(server.port);
+  await alice.say("hello");
+  assertEquals(await bob.next(), "[guest1] hello");
+});
+
+Deno.test("a room that was empty once stops like any other", async () => {
+  const server = open();
+  const alice = await Guest.join(server.port);
+  await alice.say("/quit");
+  await alice.rest();
+  await using bob = await Guest.join(server.port);
+  await within(server.stop(), "the end");
+  assertEquals(await bob.rest(), ["* Shutdown Server"]);
 });
 
 Deno.test("a port can be used again as soon as its room is stopped", async () => {
