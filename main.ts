@@ -439,6 +439,19 @@ const NAME =
 /** Names that would make what their owner says look like the server's words. */
 const HOST = "host", RESERVED_NAMES = new Set([HOST, "you", "server"]);
 
+/** What looks like a letter of those names in most fonts. */
+const LOOKALIKES = Object.entries({
+  e: "еᴇє3",
+  h: "һнʜհ",
+  o: "оοօᴏ0",
+  r: "гʀ",
+  s: "ѕꜱ5",
+  t: "тτᴛ",
+  u: "υսᴜ",
+  v: "ѵνᴠ",
+  y: "уүʏγ",
+}).flatMap(([letter, likes]) => [...likes].map((like) => [like, letter]));
+
 const NAME_RULE = "A name is 1 to 24 letters, digits, _ or -.";
 
 /**
@@ -470,6 +483,15 @@ function nameKey(name: string): string {
     : name.normalize("NFKC").toUpperCase().toLowerCase().normalize("NFKC");
 }
 
+/** Whether a name is reserved, or could be taken for one that is. */
+function isReserved(name: string): boolean {
+  let plain = nameKey(name).normalize("NFD").replace(/\p{M}/gu, "");
+  for (const [like, letter] of LOOKALIKES) {
+    plain = plain.replaceAll(like, letter);
+  }
+  return RESERVED_NAMES.has(plain);
+}
+
 /** An address without the IPv4-mapped form (RFC 4291, 2.5.5.2). */
 function plainAddress(address: string): string {
   return address.replace(/^::ffff:(?=\d+\.)/i, "");
@@ -477,11 +499,17 @@ function plainAddress(address: string): string {
 
 /** The one spelling of an address that the system uses (RFC 5952), or `null`. */
 function canonicalAddress(text: string): string | null {
-  const plain = plainAddress(text);
-  const isIPv6 = /^[\da-f:.]*:[\da-f:.]*$/i.test(plain);
-  if (!isIPv6 && !/^\d+(\.\d+){3}$/.test(plain)) return null;
-  const url = URL.parse(`http://${isIPv6 ? `[${plain}]` : plain}/`);
-  return url && (isIPv6 ? url.hostname.slice(1, -1) : url.hostname);
+  const isIPv6 = /^[\da-f:.]*:[\da-f:.]*$/i.test(text);
+  // Without leading zeros, which some take for octal (RFC 6943, 3.1.1).
+  const isIPv4 = /^(?:0|[1-9]\d{0,2})(?:\.(?:0|[1-9]\d{0,2})){3}$/.test(text);
+  if (!isIPv6 && !isIPv4) return null;
+  const host = URL.parse(`http://${isIPv6 ? `[${text}]` : text}/`)?.hostname;
+  if (host === undefined || isIPv4) return host ?? null;
+  const address = host.slice(1, -1);
+  const mapped = /^::ffff:([\da-f]+):([\da-f]+)$/.exec(address);
+  if (mapped === null) return address;
+  const [high, low] = mapped.slice(1).map((group) => parseInt(group, 16));
+  return [high >> 8, high & 255, low >> 8, low & 255].join(".");
 }
 
 /** Reads a network in CIDR notation (RFC 4632), or a single address. */
@@ -491,9 +519,11 @@ function parseNetwork(
   const [, host, bits] = /^([^/]+)(?:\/(\d{1,3}))?$/.exec(text) ?? [];
   const address = canonicalAddress(host ?? "");
   if (address === null) return null;
-  const most = address.includes(":") ? 128 : 32;
-  const prefix = bits === undefined ? most : Number(bits);
-  return prefix <= most ? { address, prefix } : null;
+  const length = address.includes(":") ? 128 : 32;
+  // An IPv4 address may have been written in its mapped form, of 128 bits.
+  const skipped = length === 32 && host.includes(":") ? 96 : 0;
+  const prefix = bits === undefined ? length : Number(bits) - skipped;
+  return prefix >= 0 && prefix <= length ? { address, prefix } : null;
 }
 
 function formatAddress(address: string, port: number): string {
@@ -1126,7 +1156,7 @@ class Room {
   /** What is wrong with a name that `reader` wants, or `null`. */
   refusal(name: string | null, reader: Reader): string | null {
     if (name === null) return NAME_RULE;
-    if (RESERVED_NAMES.has(nameKey(name))) {
+    if (isReserved(name)) {
       return `The name ${name} is reserved.`;
     }
     const owner = this.find(name);
@@ -1458,6 +1488,11 @@ class Client extends Reader {
   ) {
     super(room);
     this.#tokens = room.options.rate * BURST_SECONDS;
+  }
+
+  /** Whether it hears and says nothing more. */
+  get leaving(): boolean {
+    return this.#leaving;
   }
 
   /** Its address and port, in the usual form. */
@@ -1930,54 +1965,55 @@ class Gate {
 // ---------------------------------------------------------------------------
 
 class TlsEngine {
-  readonly #listener: Deno.TlsListener;
-  #turn: Promise<unknown> = Promise.resolve();
+  readonly #options: Deno.ListenTlsOptions & Deno.TlsCertifiedKeyPem;
 
+  /** Throws what `Deno.listenTls` throws if these are not a certificate and its
+   * key. */
   constructor(cert: string, key: string) {
-    this.#listener = Deno.listenTls({ hostname: LOOPBACK, port: 0, cert, key });
+    this.#options = { hostname: LOOPBACK, port: 0, cert, key };
+    Deno.listenTls(this.#options).close();
   }
 
   /** Two ends of one connection, the second of which speaks TLS. */
-  connect(): Promise<[Deno.TcpConn, Deno.TlsConn]> {
-    const pair = this.#turn.then(() => this.#connect());
-    this.#turn = pair.catch(() => {});
-    return pair;
-  }
-
-  async #connect(): Promise<[Deno.TcpConn, Deno.TlsConn]> {
-    const { port } = this.#listener.addr as Deno.NetAddr;
+  async connect(): Promise<[Deno.TcpConn, Deno.TlsConn]> {
+    // A listener for each (0.1 ms): a port that stayed open could be filled by
+    // other programs of this machine.
+    using listener = Deno.listenTls(this.#options);
+    const { port } = listener.addr as Deno.NetAddr;
     const middle = await Deno.connect({ hostname: LOOPBACK, port });
-    for (;;) {
-      const inner = await this.#listener.accept();
-      const from = inner.remoteAddr as Deno.NetAddr;
-      if (from.port === (middle.localAddr as Deno.NetAddr).port) {
-        return [middle, inner];
+    const own = middle.localAddr as Deno.NetAddr;
+    try {
+      for (;;) {
+        const inner = await listener.accept();
+        const from = inner.remoteAddr as Deno.NetAddr;
+        if (from.port === own.port && from.hostname === own.hostname) {
+          middle.setNoDelay(true);
+          return [middle, inner];
+        }
+        inner.close(); // such a program, which was quick
       }
-      inner.close(); // some other program of this machine
+    } catch (error) {
+      middle.close();
+      throw error;
     }
   }
-
-  close(): void {
-    this.#listener.close();
-  }
 }
+
+/** How much passes from one end to the other at once, in bytes. */
+const FORWARD_BYTES = 4_096;
 
 class TlsConnection implements Connection {
   readonly #outer: Deno.TcpConn;
   readonly #inner: Promise<Deno.TlsConn>;
-  readonly #closing = new AbortController();
+  #ends: Deno.Conn[] = [];
+  #closed = false;
   #sent: Promise<void> = Promise.resolve();
 
   constructor(outer: Deno.TcpConn, engine: TlsEngine) {
     this.#outer = outer;
     this.#inner = engine.connect().then(([middle, inner]) => {
-      const { signal } = this.#closing;
-      const close = () => {
-        tryClose(middle);
-        tryClose(inner);
-      };
-      if (signal.aborted) close();
-      signal.addEventListener("abort", close);
+      this.#ends = [middle, inner];
+      if (this.#closed) this.close();
       this.#forward(outer, middle);
       this.#sent = this.#forward(middle, outer);
       return inner;
@@ -1985,14 +2021,18 @@ class TlsConnection implements Connection {
     this.#inner.catch(() => this.close());
   }
 
+  /** Passes on what there is, and then the end. What fails in one direction
+   * leaves the other alone, which may still have something to pass on. */
   async #forward(from: Deno.TcpConn, to: Deno.TcpConn): Promise<void> {
     try {
-      const { signal } = this.#closing;
-      await from.readable.pipeTo(to.writable, { signal, preventClose: true });
-      await to.closeWrite();
-    } catch {
-      this.close();
-    }
+      // Not `from.readable`: at its end it closes the socket for writing too.
+      const buffer = new Uint8Array(FORWARD_BYTES);
+      for (let count; (count = await from.read(buffer)) !== null;) {
+        let bytes = buffer.subarray(0, count);
+        while (bytes.length) bytes = bytes.subarray(await to.write(bytes));
+      }
+    } catch { /* it is gone: that is an end as well */ }
+    await to.closeWrite().catch(() => {});
   }
 
   async handshake(): Promise<void> {
@@ -2000,7 +2040,14 @@ class TlsConnection implements Connection {
   }
 
   async read(buffer: Uint8Array): Promise<number | null> {
-    return await (await this.#inner).read(buffer);
+    const inner = await this.#inner;
+    try {
+      return await inner.read(buffer);
+    } catch (error) {
+      // Many clients end without TLS's own goodbye (close_notify, RFC 8446, 6.1).
+      if (error instanceof Deno.errors.UnexpectedEof) return null;
+      throw error;
+    }
   }
 
   async write(bytes: Uint8Array): Promise<number> {
@@ -2013,8 +2060,8 @@ class TlsConnection implements Connection {
   }
 
   close(): void {
-    this.#closing.abort();
-    tryClose(this.#outer);
+    this.#closed = true;
+    for (const end of [this.#outer, ...this.#ends.splice(0)]) tryClose(end);
   }
 }
 
@@ -2040,7 +2087,8 @@ const TRANSCRIPT_LINE = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (.+)$/;
 class Transcript extends Reader {
   readonly #file: Deno.FsFile;
   readonly #events: { warn(line: string): void; closed(reader: Reader): void };
-  #failing = false;
+  /** It was said that lines are late or lost, and none has been written since. */
+  #troubled = false;
   #retry: Timer | undefined;
   #deadline: Timer | undefined;
 
@@ -2059,15 +2107,23 @@ class Transcript extends Reader {
     });
     const { isFile, size } = this.#file.statSync();
     if (!isFile || size === 0) return;
-    // The end is enough, however large the file is.
-    const most = (room.options.history + 1) * (LINE_BYTES + 256);
+    // The end is enough, however large the file is: invalid bytes take three
+    // times as many as U+FFFD, and a time is shorter than the least line.
+    const most = Math.min(
+      (room.options.history + 1) * (3 * LINE_BYTES + 256),
+      2 * HISTORY_BYTES,
+    );
     this.#file.seekSync(Math.max(0, size - most), Deno.SeekMode.Start);
     const tail = readFully(this.#file, Math.min(size, most));
     if (tail.at(-1) !== LF) this.#file.writeSync(Uint8Array.of(LF));
     if (room.options.history === 0 || room.options.raw) return;
-    const lines = decodeLines(tail).flatMap((line) => {
-      const [, time, text] = TRANSCRIPT_LINE.exec(line) ?? [];
-      return text ? [{ time: new Date(time), line: text }] : [];
+    // What was cut off may be the middle of a line, which anyone can have made
+    // to look like the beginning of one.
+    const start = size > most ? tail.indexOf(LF) + 1 : 0;
+    const lines = decodeLines(tail.subarray(start)).flatMap((line) => {
+      const [, stamp, text] = TRANSCRIPT_LINE.exec(line) ?? [];
+      const time = new Date(stamp);
+      return Number.isNaN(time.getTime()) ? [] : [{ time, line: text }];
     });
     room.restoreHistory(lines.slice(-room.options.history));
   }
@@ -2089,11 +2145,10 @@ class Transcript extends Reader {
   protected async write(bytes: Uint8Array): Promise<number> {
     try {
       const count = await this.#file.write(bytes);
-      this.#failing = false;
+      this.#troubled = false;
       return count;
     } catch (error) {
-      if (!this.#failing) this.#warn(`Cannot write: ${reason(error)}`);
-      this.#failing = true;
+      this.#warn(`Cannot write: ${reason(error)}`);
       await new Promise((resolve) => {
         this.#retry = setTimeout(resolve, DISK_RETRY_MILLISECONDS);
       });
@@ -2104,9 +2159,7 @@ class Transcript extends Reader {
   protected writeFailed(): void {}
 
   tooSlow(): void {
-    if (!this.#failing) {
-      this.#warn("Some lines are lost: the disk is slower than the talk");
-    }
+    this.#warn("Some lines are lost: the disk is slower than the talk");
     this.joinLog();
   }
 
@@ -2130,6 +2183,8 @@ class Transcript extends Reader {
   }
 
   #warn(text: string): void {
+    if (this.#troubled) return;
+    this.#troubled = true;
     this.#events.warn(`${text} (--log ${this.path}; the room goes on)`);
   }
 }
@@ -2264,8 +2319,11 @@ const CONSOLE_COMMANDS: Command<Console>[] = [
     name: "banned",
     help: "which addresses are banned",
     run(host) {
-      const list = [...host.gate.banned].join(", ") || "none";
-      host.room.tell(host, `* Banned: ${list}\n`);
+      const { room, gate } = host;
+      if (gate.banned.size === 0) room.tell(host, "* Nobody is banned.\n");
+      for (const address of gate.banned) {
+        room.tell(host, `* ${address} is banned.\n`);
+      }
     },
   },
   { name: "quit", help: "stop the server", run: (host) => host.stop() },
@@ -2275,8 +2333,9 @@ const CONSOLE_COMMANDS: Command<Console>[] = [
 // Server: the listener, who is let in, and the end.
 // ---------------------------------------------------------------------------
 
-/** How long to wait when the system accepts no connections for the moment. */
-const ACCEPT_RETRY_MILLISECONDS = 100;
+/** How long to wait when the system accepts no connections for the moment, and
+ * how seldom to say again that it does not. */
+const ACCEPT_RETRY_MILLISECONDS = 100, ACCEPT_REPORT_MILLISECONDS = 60_000;
 
 /** How long a newcomer has for what must come before anything else: TLS's
  * handshake, the password. */
@@ -2284,9 +2343,6 @@ const PATIENCE_MILLISECONDS = 30_000;
 
 /** How many wrong passwords are too many. */
 const PASSWORD_TRIES = 3;
-
-/** How seldom to say again that it does not. */
-const ACCEPT_REPORT_MILLISECONDS = 60_000;
 
 /** Where a server's own words go; by default nowhere. */
 export interface Reports {
@@ -2348,11 +2404,10 @@ export class ChatServer implements AsyncDisposable {
     // The files first: nobody shall knock at a door that does not open.
     const { host, port, passwordFile, tlsCert, tlsKey, log } = options;
     const password = passwordFile && readPassword(passwordFile);
-    const tls = tlsCert && [readFile(tlsCert), readFile(tlsKey)];
+    this.#tls = tlsCert ? openTls(tlsCert, tlsKey) : null;
     this.#gate = new Gate(options.allow, password);
     const transcript = log ? this.#openTranscript(log) : null;
     try {
-      this.#tls = tls ? new TlsEngine(tls[0], tls[1]) : null;
       this.#listener = Deno.listen({ hostname: host, port });
     } catch (error) {
       transcript?.close();
@@ -2456,7 +2511,6 @@ export class ChatServer implements AsyncDisposable {
     this.#reports.print("Shutdown Server ......");
     this.#room.close();
     this.#listener.close();
-    this.#tls?.close();
     for (const reader of this.#room.readers) reader.leave("");
     if (this.#room.readers.size > 0) await this.#empty.promise;
     await this.#accepting; // only then is the port free
@@ -2483,7 +2537,10 @@ export class ChatServer implements AsyncDisposable {
       } catch (error) {
         // Out of descriptors, for one. The listener itself is still good.
         if (this.#room.closed) return;
-        if (error instanceof Deno.errors.ConnectionAborted) continue;
+        if (
+          error instanceof Deno.errors.ConnectionAborted ||
+          error instanceof Deno.errors.NotConnected
+        ) continue; // that one has gone again
         this.#reportAccept(error);
         await new Promise((resolve) =>
           setTimeout(resolve, ACCEPT_RETRY_MILLISECONDS)
@@ -2563,6 +2620,7 @@ export class ChatServer implements AsyncDisposable {
     const fail = () => client.leave("no TLS", { drain: false });
     client.setDeadline(PATIENCE_MILLISECONDS, fail);
     handshake.then(() => {
+      if (client.leaving) return client.read(); // banned meanwhile, say
       client.liftDeadline();
       this.#receive(client);
     }, fail);
@@ -2584,11 +2642,11 @@ export class ChatServer implements AsyncDisposable {
   #askPassword(client: Client): void {
     const prompt = "* This room has a password. What is it?\n";
     // In a raw room the question is the only line that is not a relayed one.
-    const refuse = (why: string) => this.#options.raw || client.send(why);
+    const answer = (why: string) => this.#options.raw || client.send(why);
     let tries = 0;
     client.send(prompt);
     client.setDeadline(PATIENCE_MILLISECONDS, () => {
-      refuse("! That took too long.\n");
+      answer("! That took too long.\n");
       client.leave("no password");
     });
     client.asker = (line) => {
@@ -2598,7 +2656,7 @@ export class ChatServer implements AsyncDisposable {
         this.#letIn(client);
         this.#report(`Password given by ${client.origin}`, client.name);
       } else {
-        refuse("! That is not the password.\n");
+        answer("! That is not the password.\n");
         if (++tries < PASSWORD_TRIES) client.send(prompt);
         else client.leave("no password");
       }
@@ -2706,9 +2764,6 @@ function listenProblem(error: unknown): string {
   if (error instanceof Deno.errors.PermissionDenied) {
     return "the system does not permit it (choose a --port above 1023)";
   }
-  if (error instanceof Deno.errors.InvalidData) {
-    return `${reason(error)} (--tls-cert and --tls-key take PEM files)`;
-  }
   return `${reason(error)} (choose an address with --host)`;
 }
 
@@ -2722,9 +2777,31 @@ function readFile(path: string): string {
 }
 
 function readPassword(path: string): string {
-  const [password] = readFile(path).split(/\r?\n/);
-  if (password) return password;
-  throw openError(`Cannot use ${path}`, "its first line is to be the password");
+  const [password] = readFile(path).replace(/^\ufeff/, "").split(/\r?\n/);
+  // What a client types comes cleaned, and in pieces if it is too long.
+  const [typed, ...more] = password
+    ? decodeLines(breakLongLines(encoder.encode(password)))
+    : [];
+  if (typed === password && more.length === 0) return password;
+  throw openError(
+    `Cannot use ${path}`,
+    `its first line is to be the password, at most ${LINE_BYTES} bytes of UTF-8`,
+  );
+}
+
+function openTls(certPath: string, keyPath: string): TlsEngine {
+  const cert = readFile(certPath), key = readFile(keyPath);
+  try {
+    return new TlsEngine(cert, key);
+  } catch (error) {
+    throw error instanceof Deno.errors.NotCapable
+      ? openError("Cannot speak TLS", listenProblem(error), error)
+      : openError(
+        `Cannot use ${certPath} with ${keyPath}`,
+        `${reason(error)} (give a certificate and its own key, as PEM files)`,
+        error,
+      );
+  }
 }
 
 function openError(what: string, why: string, cause?: unknown): OpenError {
@@ -2768,8 +2845,9 @@ class Printer {
 
   print(line: string): void {
     if (this.#gone) return;
-    if (this.#waiting.length > MOST_UNPRINTED) this.#missed++;
-    else this.#waiting += line + "\n";
+    if (this.#waiting.length > MOST_UNPRINTED) {
+      this.#missed += line.split("\n").length;
+    } else this.#waiting += line + "\n";
     this.#written ??= this.#write();
   }
 

@@ -216,14 +216,29 @@ class Program implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    try {
-      this.child.kill("SIGKILL");
-    } catch { /* it has ended already */ }
+    // The gentle signal first: a process that is killed reports no coverage.
+    const kill = (signal: Deno.Signal) => {
+      try {
+        this.child.kill(signal);
+      } catch { /* it has ended already */ }
+    };
+    kill("SIGTERM");
+    const timer = setTimeout(() => kill("SIGKILL"), WAIT_MILLISECONDS);
     await this.child.status;
+    clearTimeout(timer);
     await this.#typist?.close().catch(() => {});
     await this.output[Symbol.asyncDispose]();
     await this.errors[Symbol.asyncDispose]();
   }
+}
+
+/** Whether this machine has a program, such as a client. */
+function installed(name: string): boolean {
+  const { code } = new Deno.Command("bash", {
+    args: ["-c", 'command -v "$0"', name],
+    stdout: "null",
+  }).outputSync();
+  return code === 0;
 }
 
 /** Runs the program to its end. */
@@ -506,6 +521,9 @@ Deno.test("what cannot be done is answered to its sender alone", async () => {
     ["/nick two words", /^! A name is 1 to 24 letters/],
     ["/nick " + "x".repeat(25), /^! A name is 1 to 24 letters/],
     ["/nick al\u3164ice", /^! A name is 1 to 24 letters/],
+    ["/nick h\u043est", /^! The name h\u043est is reserved/], // Cyrillic o
+    ["/nick \u029cost", /^! The name .ost is reserved/], // a small capital
+    ["/nick h\u0301ost", /^! The name .+ost is reserved/],
     ["/nick ]", /^! A name is 1 to 24 letters/],
     ["/nick", /^! Type \/nick NAME\.$/],
     ["/nick bob", /^! You are bob already\.$/],
@@ -959,6 +977,25 @@ Deno.test({
   },
 });
 
+Deno.test({
+  name: "connections that are reset before they are accepted delay nobody",
+  ignore: !LINUX || !installed("socat"),
+  async fn() {
+    await using program = await Program.start();
+    program.child.kill("SIGSTOP"); // it accepts nothing for the moment
+    const target = `TCP:127.0.0.1:${program.port},linger=0`; // resets at the end
+    for (let i = 0; i < 20; i++) {
+      const args = ["-u", "/dev/null", target];
+      await new Deno.Command("socat", { args }).output();
+    }
+    program.child.kill("SIGCONT");
+    await using alice = await Guest.join(program.port);
+    await alice.settle();
+    program.child.kill("SIGTERM");
+    assertEquals(await program.errors.rest(), []); // newcomers never had to wait
+  },
+});
+
 Deno.test("a closed standard output does not stop the room", async () => {
   await using program = await Program.start();
   await program.output[Symbol.asyncDispose]();
@@ -1082,7 +1119,9 @@ Deno.test("who gives no password in time is sent away", async () => {
 });
 
 /** A certificate for localhost, or `null` where there is no openssl. */
-const certificate = await (async () => {
+async function makeCertificate(): Promise<
+  { cert: string; key: string } | null
+> {
   const directory = await Deno.makeTempDir();
   const [cert, key] = [`${directory}/cert.pem`, `${directory}/key.pem`];
   try {
@@ -1097,7 +1136,14 @@ const certificate = await (async () => {
   } catch {
     return null;
   }
-})();
+}
+
+const certificate = await makeCertificate();
+
+/** The options of a room that speaks TLS. */
+function tls(): Partial<Options> {
+  return { tlsCert: certificate!.cert, tlsKey: certificate!.key };
+}
 
 async function connectTls(port: number): Promise<Deno.TlsConn> {
   const caCerts = [await Deno.readTextFile(certificate!.cert)];
@@ -1111,10 +1157,7 @@ Deno.test({
   ignore: !certificate,
   async fn() {
     const printed: string[] = [];
-    await using server = open(
-      { tlsCert: certificate!.cert, tlsKey: certificate!.key },
-      printed,
-    );
+    await using server = open(tls(), printed);
     using silent = await Deno.connect({ port: server.port });
     await using plain = await Guest.connect(server.port);
     await plain.say("hello in plain text");
@@ -1143,18 +1186,92 @@ Deno.test({
   ignore: !certificate,
   async fn() {
     using _hurry = hurry();
-    await using server = open({
-      tlsCert: certificate!.cert,
-      tlsKey: certificate!.key,
-    });
+    await using server = open(tls());
     await using silent = await Guest.connect(server.port);
     assertEquals(await silent.next(), null);
   },
 });
 
+Deno.test({
+  name: "who is banned during the handshake does not come in after it",
+  ignore: !certificate,
+  async fn() {
+    const printed: string[] = [];
+    await using server = open(tls(), printed);
+    const conn = await Deno.connect({
+      hostname: "127.0.0.1",
+      port: server.port,
+    });
+    await eventually(() => printed.length === 1, "the connection");
+    await server.operate(ReadableStream.from(["/ban 127.0.0.1"]), () => {});
+    const caCerts = [await Deno.readTextFile(certificate!.cert)];
+    const options = { hostname: "localhost", caCerts };
+    using banned = await Deno.startTls(conn, options);
+    await using lines = new Lines(banned.readable);
+    assertEquals(await lines.rest(), ["! You were banned."]);
+  },
+});
+
+Deno.test({
+  name: "last words over TLS arrive without its goodbye",
+  ignore: !certificate,
+  async fn() {
+    await using server = open(tls());
+    using conn = await connectTls(server.port);
+    await using alice = new Lines(conn.readable);
+    await alice.find(/^\* The room contains/);
+    const client = new Deno.Command("openssl", {
+      args: ["s_client", "-quiet", "-connect", `127.0.0.1:${server.port}`],
+      stdin: "piped",
+      stdout: "piped",
+      stderr: "null",
+    }).spawn();
+    const typist = client.stdin.getWriter();
+    await using output = new Lines(client.stdout);
+    await output.find(/^\* The room contains/);
+    await typist.write(encoder.encode("one\nlast"));
+    await alice.find(/^\[guest2\] one$/);
+    client.kill("SIGKILL");
+    await alice.find(/^\[guest2\] last$/);
+    await alice.find(/guest2 has left the room$/);
+    await client.status;
+    await typist.close().catch(() => {});
+  },
+});
+
+Deno.test({
+  name: "a room with TLS that was out of descriptors has them all back",
+  ignore: !LINUX || !certificate,
+  async fn() {
+    await using program = await Program.start(
+      ["--tls-cert", certificate!.cert, "--tls-key", certificate!.key],
+      { shell: "ulimit -n 64;", permissions: ["--allow-net", "--allow-read"] },
+    );
+    using first = await connectTls(program.port);
+    await using alice = new Lines(first.readable);
+    await alice.find(/^\* The room contains/);
+    const before = await program.descriptors();
+    for (let wave = 0; wave < 2; wave++) {
+      const crowd = await Promise.all(
+        Array.from({ length: 60 }, () => Guest.connect(program.port)),
+      );
+      // Some have to go, as there is no descriptor for their TLS.
+      await Promise.race(crowd.map((guest) => guest.next()));
+      for (const guest of crowd) await guest[Symbol.asyncDispose]();
+      await eventually(
+        async () => await program.descriptors() <= before + 1,
+        "the descriptors",
+      );
+    }
+    using last = await connectTls(program.port);
+    await using bob = new Lines(last.readable);
+    await bob.find(/^\* The room contains/);
+  },
+});
+
 Deno.test("only the networks that are allowed come in, and others without a word", async () => {
   await using server = open({
-    allow: ["10.0.0.0/8", "127.0.0.2", "::1/128"],
+    allow: ["::ffff:10.0.0.0/104", "127.0.0.2", "::1/128"],
     host: "::",
   });
   const from = async (address: string) => {
@@ -1261,11 +1378,18 @@ Deno.test("the operator speaks as host, hears the room, and keeps order", async 
     await output.find(/^\* 127\.0\.0\.1 is banned\.$/);
     assert((await alice.rest()).includes("! You were banned."));
     assert((await bob.rest()).includes("! You were banned."));
-    await output.find(/^\* Banned: 127\.0\.0\.1$/);
+    await output.find(/^\* 127\.0\.0\.1 is banned\.$/);
     await using carol = await Guest.connect(program.port);
     assertEquals(await carol.next(), null);
     await program.type("/unban 127.0.0.1");
     await output.find(/^\* 127\.0\.0\.1 is no longer banned\.$/);
+    // Its IPv4-mapped form is the same address, and octal digits are none.
+    await program.type("/banned", "/ban ::ffff:7f00:1", "/ban 0177.0.0.1");
+    await output.find(/^\* Nobody is banned\.$/);
+    await output.find(/^\* 127\.0\.0\.1 is banned\.$/);
+    await output.find(/^! Nobody here is called 0177\.0\.0\.1, and it is no/);
+    await program.type("/unban 127.0.0.1");
+    await output.find(/no longer/);
   });
   await t.step("ends its input, and the room goes on", async () => {
     await program.typeEnd();
@@ -1346,6 +1470,45 @@ Deno.test("a transcript is read from its end, and a broken last line is no harm"
   );
 });
 
+Deno.test("no part of a line in the transcript passes for a line", async () => {
+  const forged = "2026-01-31T12:34:56.789Z [host] The room has moved. ";
+  using file = new TemporaryFile("");
+  for (let cut = 0; cut < forged.length; cut++) {
+    Deno.writeTextFileSync(
+      file.path,
+      "2026-01-31T12:34:56.789Z [eve] " + forged.repeat(1_000) + "\n" +
+        "x".repeat(cut) + "\n",
+    );
+    await using server = open({ log: file.path, history: 1 });
+    await using alice = await Guest.join(server.port);
+    await alice.settle(); // and has heard nothing before
+  }
+});
+
+Deno.test({
+  name: "a disk that is too slow is said once, and the room goes on",
+  ignore: !LINUX,
+  async fn() {
+    const path = `${await Deno.makeTempDir()}/fifo`; // that nobody reads
+    await new Deno.Command("mkfifo", { args: [path] }).output();
+    await using program = await Program.start(
+      ["--log", path, "--rate", "0"],
+      { permissions: ["--allow-all"] },
+    );
+    await using alice = await Guest.join(program.port);
+    await flood(alice, 10_000); // twice the window and more
+    await alice.settle();
+    program.child.kill("SIGTERM");
+    assertEquals((await within(program.child.status, "the exit")).code, 0);
+    const [warning, ...more] = await program.errors.rest();
+    assertMatch(
+      warning,
+      /^parley: Some lines are lost: .*; the room goes on\)$/,
+    );
+    assertEquals(more, []);
+  },
+});
+
 Deno.test({
   name: "a full disk is said once, and the room goes on",
   ignore: !LINUX,
@@ -1373,6 +1536,7 @@ Deno.test({
 
 Deno.test("a file that cannot be used is one line and status 1", async (t) => {
   using empty = new TemporaryFile("\n"), file = new TemporaryFile("x");
+  using unicode = new TemporaryFile("x\0y\0\n\0"); // as if in UTF-16
   const cases: [args: string[], permissions: string[], message: string][] = [
     [
       ["--password-file", file.path],
@@ -1382,7 +1546,12 @@ Deno.test("a file that cannot be used is one line and status 1", async (t) => {
     [
       ["--password-file", empty.path],
       [`--allow-read=${empty.path}`],
-      `Cannot use ${empty.path}: its first line is to be the password`,
+      `Cannot use ${empty.path}: its first line is to be the password, at most 4096 bytes of UTF-8`,
+    ],
+    [
+      ["--password-file", unicode.path],
+      [`--allow-read=${unicode.path}`],
+      `Cannot use ${unicode.path}: its first line is to be the password, at most 4096 bytes of UTF-8`,
     ],
     [
       ["--password-file", "/no/such"],
@@ -1416,22 +1585,21 @@ Deno.test("a file that cannot be used is one line and status 1", async (t) => {
       );
     });
   }
-  await t.step("certificates that are none", async () => {
-    const { code, errors } = await run(
-      [
-        "--host",
-        "127.0.0.1",
-        "-p",
-        "0",
-        "--tls-cert",
-        file.path,
-        "--tls-key",
-        file.path,
-      ],
-      ["--allow-net", "--allow-read"],
-    );
-    assertEquals(code, 1);
-    assertMatch(errors, /^parley: Cannot listen on .*PEM.*\n$/);
+  await t.step({
+    name: "certificates that are none, or have another key",
+    ignore: !certificate,
+    async fn() {
+      const address = ["--host", "127.0.0.1", "-p", "0"];
+      const other = await makeCertificate();
+      for (const cert of [file.path, other!.cert]) {
+        const { code, errors } = await run(
+          [...address, "--tls-cert", cert, "--tls-key", certificate!.key],
+          ["--allow-net", "--allow-read"],
+        );
+        assertEquals(code, 1);
+        assertMatch(errors, /^parley: Cannot use \S+ with \S+: .*PEM.*\n$/);
+      }
+    },
   });
 });
 
