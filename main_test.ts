@@ -1603,6 +1603,224 @@ Deno.test("a file that cannot be used is one line and status 1", async (t) => {
   });
 });
 
+// -- the clients that people have
+
+/** A client that people have, as a process: its lines are what it prints. */
+class Terminal extends Lines {
+  readonly #child: Deno.ChildProcess;
+  readonly #typist: WritableStreamDefaultWriter<Uint8Array>;
+
+  private constructor(child: Deno.ChildProcess) {
+    super(showReturns(child.stdout));
+    this.#child = child;
+    this.#typist = child.stdin.getWriter();
+  }
+
+  static start(command: string): Terminal {
+    return new Terminal(
+      new Deno.Command("sh", {
+        args: ["-c", `exec ${command}`],
+        stdin: "piped",
+        stdout: "piped",
+        stderr: "null",
+      }).spawn(),
+    );
+  }
+
+  async type(text: string): Promise<void> {
+    await this.#typist.write(encoder.encode(text));
+  }
+
+  /** Ends its standard input. */
+  async typeEnd(): Promise<void> {
+    await this.#typist.close();
+  }
+
+  /** Waits until it ends by itself. */
+  async ended(): Promise<void> {
+    await within(this.#child.status, "the client's end");
+  }
+
+  override async [Symbol.asyncDispose](): Promise<void> {
+    try {
+      this.#child.kill("SIGKILL");
+    } catch { /* it has ended already */ }
+    await this.#child.status;
+    await this.#typist.close().catch(() => {});
+    await super[Symbol.asyncDispose]();
+  }
+}
+
+/** Shows a carriage return as `^`: a line stream takes CR LF for LF, and would
+ * hide one that the server should not have sent. */
+function showReturns(bytes: ReadableStream<Uint8Array<ArrayBuffer>>) {
+  return bytes.pipeThrough(
+    new TransformStream<Uint8Array<ArrayBuffer>, Uint8Array<ArrayBuffer>>({
+      transform: (chunk, controller) =>
+        controller.enqueue(chunk.map((byte) => byte === 13 ? 94 : byte)),
+    }),
+  );
+}
+
+/** Opens a room in which guest1 is, and the client becomes guest2. */
+async function meet(command: string, { encrypted = false, piped = "" } = {}) {
+  await using opened = new AsyncDisposableStack();
+  const server = opened.use(open(encrypted ? tls() : {}));
+  const conn = opened.use(
+    encrypted
+      ? await connectTls(server.port)
+      : await Deno.connect({ hostname: "127.0.0.1", port: server.port }),
+  );
+  const room = opened.use(new Lines(showReturns(conn.readable)));
+  await room.find(/^\* The room contains: /);
+  const client = opened.use(
+    Terminal.start(command.replace("PORT", String(server.port))),
+  );
+  if (piped) {
+    await client.type(piped);
+    await client.typeEnd();
+  }
+  assertEquals(await room.next(), "* guest2 has entered the room");
+  const all = opened.move();
+  return {
+    client,
+    /** What guest1 hears. */
+    room,
+    /** Lets guest1 say a line. */
+    say: (line: string) => conn.write(encoder.encode(line + "\n")),
+    [Symbol.asyncDispose]: () => all.disposeAsync(),
+  };
+}
+
+interface TestedClient {
+  name: string;
+  /** How a person starts it. */
+  command: string;
+  /** How it is started at the end of a pipe, to end when that does. */
+  piped?: string[];
+  encrypted?: boolean;
+  /** It closes both ways then, and does not hear what is still due to it. */
+  hasty?: boolean;
+}
+
+// deno-fmt-ignore: a line each
+const CLIENTS: TestedClient[] = [
+  { name: "nc.openbsd", command: "nc.openbsd 127.0.0.1 PORT",
+    piped: ["nc.openbsd -N 127.0.0.1 PORT", "nc.openbsd -q 1 127.0.0.1 PORT"] },
+  { name: "nc.traditional", command: "nc.traditional 127.0.0.1 PORT",
+    piped: ["nc.traditional -q 1 127.0.0.1 PORT"] },
+  { name: "ncat", command: "ncat 127.0.0.1 PORT",
+    piped: ["ncat 127.0.0.1 PORT"] },
+  { name: "ncat -C", command: "ncat -C 127.0.0.1 PORT",
+    piped: ["ncat -C 127.0.0.1 PORT"] },
+  { name: "ncat --ssl", command: "ncat --ssl 127.0.0.1 PORT", encrypted: true,
+    piped: ["ncat --ssl 127.0.0.1 PORT"] },
+  { name: "telnet", command: "telnet 127.0.0.1 PORT" },
+  { name: "socat", command: "socat - TCP:127.0.0.1:PORT",
+    piped: ["socat - TCP:127.0.0.1:PORT"] },
+  { name: "plink -raw", command: "plink -batch -raw -P PORT 127.0.0.1",
+    piped: ["plink -batch -raw -P PORT 127.0.0.1"] },
+  { name: "plink -telnet", command: "plink -batch -telnet -P PORT 127.0.0.1" },
+  { name: "openssl s_client", encrypted: true, hasty: true,
+    command: "openssl s_client -quiet -connect 127.0.0.1:PORT",
+    piped: ["openssl s_client -quiet -no_ign_eof -connect 127.0.0.1:PORT"] },
+];
+
+for (const { name, command, piped = [], encrypted, hasty } of CLIENTS) {
+  Deno.test({
+    name: `${name} talks and hears`,
+    ignore: !installed(command.split(" ")[0]) || (encrypted && !certificate),
+    async fn(t) {
+      await t.step("typed", async () => {
+        await using meeting = await meet(command, { encrypted });
+        const { client, room, say } = meeting;
+        await client.find(/^\* Welcome, guest2\./);
+        assertEquals(await client.next(), "* The room contains: guest1");
+        await client.type("Ça va? 你好 🙂\n");
+        assertEquals(await room.next(), "[guest2] Ça va? 你好 🙂");
+        await say("Grüße, 世界 🙂");
+        assertEquals(await client.next(), "[guest1] Grüße, 世界 🙂");
+        await client.type("/quit bye\n");
+        assertEquals(await room.next(), "* guest2 has left the room (bye)");
+        await client.typeEnd(); // some wait for it, whatever the server does
+        await client.ended();
+        assertEquals(await client.rest(), []);
+      });
+
+      for (const command of piped) {
+        await t.step(`... | ${command}`, async () => {
+          const piped = "one\n/who\ntwo";
+          await using meeting = await meet(command, { encrypted, piped });
+          const { client, room } = meeting;
+          assertEquals(await room.next(), "[guest2] one");
+          assertEquals(await room.next(), "[guest2] two");
+          assertEquals(await room.next(), "* guest2 has left the room");
+          await client.ended();
+          if (hasty) return;
+          assertEquals((await client.rest()).slice(1), [
+            "* The room contains: guest1",
+            "* The room contains: guest1, guest2",
+          ]);
+        });
+      }
+    },
+  });
+}
+
+Deno.test({
+  name: "telnet's interrupt does not silence it",
+  ignore: !LINUX || !installed("telnet") || !installed("script"),
+  async fn() {
+    const command = "script -qfc 'telnet 127.0.0.1 PORT' /dev/null"; // a terminal
+    await using meeting = await meet(command);
+    const { client, room, say } = meeting;
+    await client.find(/^\* The room contains: guest1/);
+    // Ctrl-C sends a question too, and nothing is shown before its answer.
+    await client.type("\x03one\n");
+    assertEquals(await room.next(), "[guest2] one");
+    await say("still there?");
+    await client.find(/^\[guest1\] still there\?/);
+    await client.type("/quit\n");
+    assertEquals(await room.next(), "* guest2 has left the room");
+    await client.ended();
+  },
+});
+
+Deno.test({
+  name: "plink -telnet may end lines by Return alone, and its input end early",
+  ignore: !installed("plink"),
+  async fn() {
+    await using meeting = await meet("plink -batch -telnet -P PORT 127.0.0.1");
+    const { client, room, say } = meeting;
+    await client.type("one\rtwo\r\nthr"); // CR NUL, CR NUL LF on the wire
+    assertEquals(await room.next(), "[guest2] one");
+    assertEquals(await room.next(), "[guest2] two");
+    await client.type("ee\n");
+    await client.typeEnd(); // which it tells by a telnet command, and stays
+    assertEquals(await room.next(), "[guest2] three");
+    await say("still there?");
+    await client.find(/^\[guest1\] still there\?$/);
+  },
+});
+
+Deno.test({
+  name: "openssl s_client -quiet takes no line for a command of its own",
+  ignore: !installed("openssl") || !certificate,
+  async fn() {
+    await using meeting = await meet(
+      "openssl s_client -quiet -connect 127.0.0.1:PORT",
+      { encrypted: true },
+    );
+    const { client, room, say } = meeting;
+    await client.type("Quite\nRight\n");
+    assertEquals(await room.next(), "[guest2] Quite");
+    assertEquals(await room.next(), "[guest2] Right");
+    await client.typeEnd(); // which it does not mind
+    await say("still there?");
+    await client.find(/^\[guest1\] still there\?$/);
+  },
+});
+
 // -- the command line
 
 Deno.test("a command line that cannot be used is one line and status 2", async (t) => {
