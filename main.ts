@@ -475,12 +475,13 @@ export function normalizeName(name: string): string | null {
   return NAME.test(normal) ? normal : null;
 }
 
-/** What two names share if they differ in case alone. Upper case first: it is
- * there that ς and σ, or ı and i, meet. */
+/** What two names share if they differ in case alone. Neither case is enough: ẞ
+ * and ß meet in lower case, ς and σ, or ı and i, in upper case. */
 function nameKey(name: string): string {
   return /^[\w-]*$/.test(name)
     ? name.toLowerCase()
-    : name.normalize("NFKC").toUpperCase().toLowerCase().normalize("NFKC");
+    : name.normalize("NFKC").toLowerCase().toUpperCase().toLowerCase()
+      .normalize("NFKC");
 }
 
 /** Whether a name is reserved, or could be taken for one that is. */
@@ -819,6 +820,7 @@ class Segment {
       length += bytes.length;
       index = end;
     }
+    if (parts.length === 0) return { bytes: NO_BYTES, end: index };
     const bytes = parts.length === 1 ? parts[0] : concatenate(parts);
     return { bytes, end: index };
   }
@@ -881,6 +883,7 @@ abstract class Reader {
   /** Sends something that is not in the log, ahead of what is. Who has left more
    * than a segment of it unread is too slow. */
   send(text: string | Uint8Array): void {
+    if (this.#last !== Infinity) return; // its end may be on the way
     const bytes = typeof text === "string" ? encoder.encode(text) : text;
     if (this.#direct && this.#direct.length > SEGMENT_BYTES) {
       return this.tooSlow();
@@ -902,7 +905,8 @@ abstract class Reader {
 
   /** Hears the log up to here and no further, then {@linkcode finished}. */
   endLog(): void {
-    this.#last = this.#special = this.room.nextEntry;
+    this.#last = this.room.nextEntry;
+    this.#special = Infinity;
   }
 
   /** Hears nothing more. */
@@ -1464,6 +1468,8 @@ class Client extends Reader {
   /** And has left, with the end of the stream behind it. */
   #sent = false;
   #spoken = false;
+  /** How many bytes of a TLS handshake it began with; -1 if with others. */
+  #handshake = 0;
   #buffer: Uint8Array = leastBuffer();
   /** Made with the first words: many only listen. */
   #splitter: LineSplitter | null = null;
@@ -1519,10 +1525,9 @@ class Client extends Reader {
         return;
       }
       const chunk = this.#buffer.subarray(0, count);
-      if (
-        this.#splitter === null &&
-        TLS_HANDSHAKE.every((it, i) => it === chunk[i])
-      ) return this.leave("TLS, which is off");
+      if (this.#handshake >= 0 && this.#beginsTls(chunk)) {
+        return this.leave("TLS, which is off");
+      }
       this.#splitter ??= new LineSplitter();
       this.#held = this.#splitter.push(chunk);
       if (this.#held.length === 0) this.#payForNothing(count);
@@ -1531,6 +1536,18 @@ class Client extends Reader {
     }
     this.#hearHeld();
   };
+
+  /** Whether its first bytes, which may come one by one, begin a handshake. */
+  #beginsTls(chunk: Uint8Array): boolean {
+    for (const byte of chunk) {
+      if (byte !== TLS_HANDSHAKE[this.#handshake++]) {
+        this.#handshake = -1;
+        return false;
+      }
+      if (this.#handshake === TLS_HANDSHAKE.length) return true;
+    }
+    return false;
+  }
 
   #readFailed = (): void => {
     if (this.#leaving) this.#close();

@@ -5,9 +5,18 @@
  * A test waits for what it expects, and fails if that has not come in time.
  */
 import { assert, assertEquals, assertMatch, assertThrows } from "@std/assert";
+import fc from "fast-check";
 import { TextLineStream as UntypedLineStream } from "@std/streams/text-line-stream";
 import config from "./deno.json" with { type: "json" };
-import { ChatServer, type Options, UsageError } from "./main.ts";
+import {
+  ChatServer,
+  cleanLine,
+  type Connection,
+  normalizeName,
+  type Options,
+  parseOptions,
+  UsageError,
+} from "./main.ts";
 
 // The npm build of @std has no types.
 const TextLineStream: new () => TransformStream<string, string> =
@@ -2035,3 +2044,812 @@ Deno.test("a port can be used again as soon as its room is stopped", async () =>
   await using _bob = await Guest.join(second.port);
   await alice.rest();
 });
+
+// -- what holds for any input
+
+const SLASH = 47, LONGEST = 4_096;
+
+/** What no line may hold. */
+const FORBIDDEN = /(?!\t)[\p{Cc}\u2028-\u202e\u2066-\u2069\ufeff]/u;
+
+// fast-check reduces an input that fails, and tells the seed and the path that
+// bring it back. The limit ends that where each try waits for what never comes.
+fc.configureGlobal({
+  numRuns: 400,
+  interruptAfterTimeLimit: 2 * WAIT_MILLISECONDS,
+  markInterruptAsFailure: true,
+});
+
+/** Tests what holds for any inputs. */
+function law<Inputs extends [unknown, ...unknown[]]>(
+  name: string,
+  inputs: { [Key in keyof Inputs]: fc.Arbitrary<Inputs[Key]> },
+  holds: (...inputs: Inputs) => Promise<void> | void,
+): void {
+  const check = async (...inputs: Inputs) => await holds(...inputs);
+  Deno.test(name, () => fc.assert(fc.asyncProperty(...inputs, check)));
+}
+
+type Words = string | Iterable<number>;
+function bytesOf(...words: Words[]): Uint8Array {
+  const bytes = (it: Words) => typeof it === "string" ? encoder.encode(it) : it;
+  return Uint8Array.from(words.flatMap((it) => [...bytes(it)]));
+}
+
+/** Someone whose words come in reads of the sizes that a test chooses. */
+class Seat implements Connection {
+  readonly #done = Promise.withResolvers<void>();
+  /** Resolves when all that it said was dealt with. */
+  readonly done = this.#done.promise;
+  readonly #written: number[] = [];
+  #reads = 0;
+
+  /** @param sizes of its reads, in turn; with none it stays, to listen */
+  constructor(public words: Uint8Array, readonly sizes: number[] = []) {}
+
+  /** What it was sent but the answers to telnet options, which come with each
+   * read, and up to a bound. Nothing else may hold a byte 255. */
+  get heard(): string {
+    const bytes = [...this.#written];
+    for (let at; (at = bytes.indexOf(IAC)) >= 0;) bytes.splice(at, 3);
+    const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+    return decoder.decode(Uint8Array.from(bytes));
+  }
+
+  read(buffer: Uint8Array): Promise<number | null> {
+    const size = this.sizes[this.#reads++ % this.sizes.length] ?? Infinity;
+    const count = Math.min(size, buffer.length, this.words.length);
+    buffer.set(this.words.subarray(0, count));
+    this.words = this.words.subarray(count);
+    if (count > 0) return Promise.resolve(count);
+    if (this.sizes.length > 0) return Promise.resolve(null);
+    this.#done.resolve();
+    return new Promise(() => {});
+  }
+
+  write(bytes: Uint8Array): Promise<number> {
+    const count = Math.ceil(bytes.length / 2); // a write may take only some
+    this.#written.push(...bytes.subarray(0, count));
+    return Promise.resolve(count);
+  }
+
+  close = (): void => this.#done.resolve();
+}
+
+/** A room, and the first words in it: of one who listens, and of a speaker. */
+type Scene = [Partial<Options>, listener?: string, speaker?: string];
+
+/** What the listener (`guest1`) and the speaker (`guest2`) hear. */
+async function hear(
+  [options, listener = "", speaker = ""]: Scene,
+  words: Words,
+  sizes: number[],
+): Promise<string[]> {
+  await using server = open({ rate: 0, ...options });
+  const said = bytesOf(speaker, words);
+  const seats = [new Seat(bytesOf(listener)), new Seat(said, sizes)];
+  for (const seat of seats) {
+    server.admit(seat, { hostname: "127.0.0.1", port: 0 });
+    await within(seat.done, "the end of the words");
+  }
+  await server.stop();
+  return seats.map(({ heard }) => heard);
+}
+
+/** The lines that a raw room hears. */
+async function relayed(words: Words, sizes: number[]): Promise<string[]> {
+  const [heard] = await hear([{ raw: true }], words, sizes);
+  return heard.split("\n").slice(0, -2); // "Shutdown Server" is the last
+}
+
+const anySize = fc.oneof(fc.nat(2), fc.nat(299), fc.nat(19_999))
+  .map((less) => less + 1);
+const anySizes = fc.array(anySize, { minLength: 1, maxLength: 6 });
+
+const anyTelnet = fc.oneof(
+  fc.integer({ min: SE, max: 249 }).map((command) => [IAC, command]),
+  fc.tuple(fc.constant(IAC), fc.integer({ min: WILL, max: 254 }), fc.nat(255)),
+  fc.array(fc.constantFrom([0], [10], [13], [65], [SE], [IAC, IAC]))
+    .map((data) => [IAC, SB, 31, ...data.flat(), IAC, SE]),
+);
+const anyPrintable = fc.string({ unit: "grapheme", minLength: 1 })
+  .filter((text) => !FORBIDDEN.test(text));
+const anyLong = fc.constantFrom("x", "é", "€", "🌍")
+  .map((it) => it.repeat(LONGEST / bytesOf(it).length));
+
+// deno-fmt-ignore: by kind
+const anyWords = fc.array(fc.oneof<fc.MaybeWeightedArbitrary<Words>[]>(
+  { weight: 5, arbitrary: anyPrintable },
+  { weight: 5, arbitrary: fc.constantFrom(
+    "\n", "\r\n", "\r\0", "\r", "\0", "\t", "\x1b[31m", "\x1b]0;", "\x07",
+    "\x9b", "\u2028", "\u202e", "\ufeff", "* host ", "[guest1] ", "! ",
+    "\nGET / HTTP/1.1\n", "a") },
+  { weight: 4, arbitrary: fc.constantFrom(
+    "\n//", "\n/", "\n/me ", "\n/nick ", "\n/nick host", "\n/msg guest1 ",
+    "\n/msg guest2 ", "\n/reply ", "\n/ignore guest1\n", "\n/who\n",
+    "\n/help\n", "\n/quiet\n", "\n/quit ") },
+  { weight: 3, arbitrary: anyTelnet },
+  { weight: 3, arbitrary: fc.constantFrom( // broken off
+    [IAC], [IAC, IAC], [IAC, DO], [IAC, SB], [0xc3], [0xe2, 0x82],
+    [0xf0, 0x9f, 0x8c], [0x80], [0xc0, 0xaf], [0xed, 0xa0, 0x80]) },
+  { weight: 1, arbitrary: fc.uint8Array({ maxLength: 9 }) },
+  { weight: 1, arbitrary: anyLong },
+), { maxLength: 12 }).map((parts) => bytesOf(...parts));
+
+const anyScene = fc.constantFrom<Scene[]>(
+  [{ raw: true }],
+  [{}],
+  [{}, "", "\x16\x03\x01 how TLS begins\n"],
+  [{ askName: true }, "guest1\n", "guest2\n"],
+);
+
+law(
+  "however a stream is cut into reads, the same is heard",
+  [anyScene, anyWords, anySizes, anySizes],
+  async (scene, words, one, other) =>
+    assertEquals(
+      await hear(scene, words, one),
+      await hear(scene, words, other),
+    ),
+);
+
+const anyLine = fc.oneof({ weight: 3, arbitrary: anyPrintable }, anyLong);
+const anyEnd = fc.constantFrom("\n", "\r\n", "\r\0");
+const anyLines = fc.array(fc.tuple(anyLine, anyEnd), { maxLength: 6 });
+
+law(
+  "lines arrive as they are, whatever telnet puts between their bytes",
+  [anyLines, fc.array(fc.tuple(fc.nat(), anyTelnet)), anySizes],
+  async (lines, strewn, sizes) => {
+    const parts = [...bytesOf(lines.flat().join(""))].map((byte) => [byte]);
+    for (const [place, telnet] of strewn) {
+      parts.splice(place % (parts.length + 1), 0, telnet);
+    }
+    assertEquals(await relayed(parts.flat(), sizes), lines.map(([it]) => it));
+  },
+);
+
+law(
+  "a line that is too long arrives in pieces that lose nothing",
+  [fc.array(anyLine, { maxLength: 8 }), anySizes],
+  async (parts, sizes) => {
+    const text = "no web request: " + parts.join("");
+    const pieces = await relayed(text, sizes);
+    assertEquals(pieces.join(""), text);
+    for (const piece of pieces) assert(bytesOf(piece).length <= LONGEST);
+  },
+);
+
+law(
+  "no line of a person can pass for another's or the server's",
+  [anyWords, anySizes],
+  async (words, sizes) => {
+    const [heard] = await hear([{}], words, sizes);
+    const lines = heard.split("\n").slice(3, -2); // between coming and the end
+    const commands = words.includes(SLASH);
+    let name = "guest2";
+    for (const line of lines) {
+      assert(!FORBIDDEN.test(line), JSON.stringify(line));
+      const [, old, next] = /^\* (\S+) is now known as (\S+)$/.exec(line) ?? [];
+      if (commands && old === name) {
+        name = next;
+        assert(!/^(guest1|host|you|server)$/i.test(name), line);
+      } else {
+        const starts = [`[${name}] `, `* ${name} has left the room`];
+        if (commands) starts.push(`** ${name} `, `[${name} -> you] `);
+        assert(starts.some((start) => line.startsWith(start)), line);
+      }
+    }
+  },
+);
+
+const anyText = fc.string({
+  unit: fc.oneof(
+    anyPrintable,
+    fc.oneof(fc.nat(0xff), fc.nat(0xffff)).map((it) => String.fromCharCode(it)),
+    fc.constantFrom(..."\x1b\x9b\x9c\x07[];\\\t\u2028\u202e\u2066\ufeff"),
+    fc.constantFrom(..."abXY09-_*! ßｘﬁ\u0301\u200d\u3164"),
+  ),
+});
+
+law("what is forbidden is cleaned away, and only that", [anyText], (text) => {
+  const clean = cleanLine(text);
+  assert(!FORBIDDEN.test(clean));
+  assertEquals(cleanLine(clean), clean);
+  // deno-lint-ignore no-control-regex
+  if (/[\x1b\x80-\x9f]/.test(text)) return; // an escape sequence goes whole
+  assertEquals(clean, text.replace(new RegExp(FORBIDDEN, "gu"), ""));
+});
+
+const anyLetter = fc.constantFrom(..."aI-0iıİßẞsſςσΣµμΐΐŉǰΩΩЖжաև");
+const anyLetters = fc.string({ unit: anyLetter, maxLength: 27, size: "max" });
+
+law(
+  "a name shows all of itself, and nothing that the server writes",
+  [fc.oneof(anyText, anyLetters)],
+  (typed) => {
+    const name = normalizeName(typed);
+    if (name === null) return assert(!/^[\w-]{1,24}$/.test(typed), "refused");
+    assertMatch(name, /^[\p{L}\p{Nd}_\-][\p{L}\p{M}\p{Nd}_\-]{0,23}$/u);
+    assert(!/[\p{DI}\p{C}]/u.test(name));
+    assertEquals([name.normalize("NFKC"), normalizeName(name)], [name, name]);
+  },
+);
+
+law(
+  "no two people have names that differ in case alone",
+  [anyLetters, fc.constantFrom("toString", "toLowerCase", "toUpperCase")],
+  async (name, inCase) => {
+    const wish = `/nick ${name[inCase]()}\n/who\n`;
+    const [, heard] = await hear([{}, `/nick ${name}\n`], wish, [99]);
+    const list = heard.match(/(?<=^\* The room contains: ).*$/gm)!.at(-1)!;
+    for (const names of [list, list.toLowerCase(), list.toUpperCase()]) {
+      assertEquals(new Set(names.split(", ")).size, 2, list);
+    }
+  },
+);
+
+const FLAGS =
+  " - -- --host= --port= --port -p --raw --raw= --no-raw --history=" +
+  " --allow= --tls-key= --log= -h -hp= --prot --__proto__= --host.x=";
+const anyFlag = fc.constantFrom(...FLAGS.split(" "));
+const anyValue = fc.oneof(anyText, fc.constantFrom("", "0", "-1", "true"));
+const anyArguments = fc.array(fc.tuple(anyFlag, anyValue));
+
+law("arguments are read, or refused in one line", [anyArguments], (pairs) => {
+  try {
+    const { port = 0 } = parseOptions(pairs.map((it) => it.join(""))).options;
+    assert(Number.isInteger(port) && port >= 0 && port <= 65_535);
+  } catch (error) {
+    if (!(error instanceof UsageError)) throw error;
+    assert(!FORBIDDEN.test(error.message), JSON.stringify(error.message));
+  }
+});
+
+// -- a simulated room
+
+/** Whole numbers from 0 to less than `sides`. */
+type Dice = (sides: number) => number;
+
+/** The same dice for the same seed, wherever they are thrown: Mulberry32. */
+function diceOf(seed: number): Dice {
+  return (sides) => {
+    seed = (seed + 0x6d2b79f5) | 0;
+    let mixed = Math.imul(seed ^ (seed >>> 15), seed | 1);
+    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
+    return Math.floor(((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32 * sides);
+  };
+}
+
+function pick<T>(dice: Dice, things: readonly T[]): T {
+  return things[dice(things.length)];
+}
+
+/** All or the last few, lest a few people never have to do with each other. */
+function lately<T>(dice: Dice, things: readonly T[]): readonly T[] {
+  return dice(3) ? things.slice(-4) : things;
+}
+
+/** Someone who hears the room, and what the model knows of it. */
+class Person {
+  name = "";
+  here = true;
+  quiet = false;
+  /** What was typed of a line that has not ended. */
+  typed = "";
+  correspondent?: Person;
+  readonly ignored = new Set<Person>();
+  /** What has been heard and found right, the end of it. */
+  past = "";
+  /** What must come next, and what has come. */
+  due = "";
+  heard = "";
+
+  constructor(readonly origin: string) {}
+}
+
+const NEEDED: Record<string, string> = {
+  ...{ nick: "NAME", me: "ACTION", msg: "NAME TEXT" },
+  ...{ reply: "TEXT", ignore: "NAME" },
+};
+
+/** Who must hear what, in the simplest way that can be thought of. */
+class Model {
+  /** Those who have a name; who took one last is the last. */
+  people: Person[] = [];
+  /** Who reads what the server prints. */
+  readonly operator = new Person("the operator");
+  #said: string[] = [];
+  #here = 0;
+  #guests = 0;
+
+  constructor(readonly askName: boolean, readonly history: number) {}
+
+  join(origin: string): Person {
+    const person = new Person(origin);
+    this.#here++;
+    if (this.askName) tell(person, "* Welcome to Parley. What is your name?");
+    else {
+      let name;
+      do name = `guest${++this.#guests}`; while (this.find(name));
+      const help = "Type to talk, /nick NAME for a name, /help for more.";
+      tell(person, `* Welcome, ${name}. ${help}`);
+      this.#enter(person, name);
+    }
+    this.#print("New Connection from", person);
+    return person;
+  }
+
+  /** `text`, of which only ASCII may make a line longer than 4,096 bytes. */
+  type(person: Person, text: string): void {
+    const lines = (person.typed + text).split("\n")
+      .map((line) => line.match(/.{1,4096}/gs) ?? [""]);
+    person.typed = lines.at(-1)!.pop()!;
+    // deno-lint-ignore no-control-regex
+    const unheard = /\x1b\[\d+m|[\x00-\x08\n-\x1f]/g;
+    for (const typed of lines.flat()) {
+      const line = typed.replace(unheard, "");
+      if (line && person.here) this.#hear(person, line);
+    }
+  }
+
+  leave(person: Person, reason = ""): undefined {
+    if (!person.here) return;
+    person.here = false;
+    this.#here--;
+    this.people = this.people.filter((other) => other !== person);
+    if (person.name) this.#coming(person, "left", reason && ` (${reason})`);
+    this.#print("Connection closed by", person, reason);
+  }
+
+  find(name: string): Person | undefined {
+    const key = (name: string) => name.normalize("NFKC").toLowerCase();
+    return this.people.find((person) => key(person.name) === key(name));
+  }
+
+  #hear(person: Person, line: string): void {
+    const [, command, text] = /^\/(\S*)\s*(.*?)\s*$/.exec(line) ?? [];
+    if (person.name === "") this.#takeName(person, line.trim());
+    else if (command === undefined || command.startsWith("/")) {
+      this.#say(person, `[${person.name}] ${line.replace(/^\//, "")}`);
+    } else {
+      const answer = this.#obey(person, command, text);
+      if (answer) tell(person, answer);
+    }
+  }
+
+  #takeName(person: Person, wanted: string): void {
+    const name = wanted.normalize("NFKC");
+    const refusal = this.#refusal(person, name);
+    if (refusal) {
+      tell(person, `! ${refusal} Join again with another.`);
+      this.leave(person, "no name");
+    } else {
+      this.#enter(person, name);
+      this.#print("Name given by", person);
+    }
+  }
+
+  #enter(person: Person, name: string): void {
+    const nobody = this.people.length || this.askName ? "" : "nobody else yet";
+    tell(person, this.#whoIsHere + nobody, ...this.#said);
+    person.name = name;
+    this.#coming(person, "entered");
+    this.people.push(person);
+  }
+
+  get #whoIsHere(): string {
+    const names = this.people.map((person) => person.name);
+    const more = names.length > 20 ? ` and ${names.length - 20} more` : "";
+    return `* The room contains: ${names.slice(0, 20).join(", ")}${more}`;
+  }
+
+  #refusal(person: Person, name: string): string | undefined {
+    if (!/^[\p{L}\d_-]{1,24}$/u.test(name)) {
+      return "A name is 1 to 24 letters, digits, _ or -.";
+    }
+    if (/^(host|you|server)$/i.test(name)) {
+      return `The name ${name} is reserved.`;
+    }
+    const owner = this.find(name) ?? person;
+    return owner === person ? undefined : `The name ${name} is taken.`;
+  }
+
+  /** Does what a command says, and tells what it is answered with. */
+  #obey(person: Person, typed: string, text: string): string | undefined {
+    const { name, correspondent } = person, command = typed.toLowerCase();
+    const [, to, message] = /^(\S+)\s+(.*)$/.exec(text) ?? [];
+    const called = command === "msg" ? to : text;
+    if (command in NEEDED && !called) {
+      return `! Type /${command} ${NEEDED[command]}.`;
+    }
+    const whom = this.find(called)!;
+    if (/^(msg|ignore)$/.test(command) && !whom) {
+      return `! Nobody here is called ${called}. Type /who for who is here.`;
+    }
+    switch (command) {
+      case "nick": {
+        const wanted = text.normalize("NFKC");
+        const refusal = this.#refusal(person, wanted);
+        if (refusal) return `! ${refusal} Choose one with /nick NAME.`;
+        if (wanted === name) return `! You are ${name} already.`;
+        tell(this.#hearers(person), `* ${name} is now known as ${wanted}`);
+        this.people = this.people.filter((other) => other !== person);
+        this.people.push(person);
+        person.name = wanted;
+        return;
+      }
+      case "who":
+        return this.#whoIsHere;
+      case "me":
+        return this.#say(person, `** ${name} ${text}`);
+      case "msg":
+        return this.#whisper(person, whom, message);
+      case "reply":
+        if (!correspondent) {
+          return "! Nobody has spoken to you alone. Type /msg NAME TEXT.";
+        }
+        return correspondent.here
+          ? this.#whisper(person, correspondent, text)
+          : `! ${correspondent.name} has left the room.`;
+      case "ignore":
+        if (whom === person) return "! That is you. Type another's name.";
+        if (person.ignored.delete(whom)) {
+          return `* You hear ${whom.name} again.`;
+        }
+        person.ignored.add(whom);
+        if (correspondent === whom) person.correspondent = undefined;
+        text = `Type /ignore ${whom.name} to stop that.`;
+        return `* You do not hear ${whom.name} now. ${text}`;
+      case "quiet":
+        person.quiet = !person.quiet;
+        if (!person.quiet) return "* You hear who enters and leaves again.";
+        return "* You do not hear who enters and leaves now. Type /quiet to stop that.";
+      case "quit":
+        return this.leave(person, text);
+    }
+    typed = typed.slice(0, 24);
+    return `! There is no command /${typed}. Type /help for a list, //${typed} to say it.`;
+  }
+
+  #say(from: Person, line: string): undefined {
+    const others = this.#hearers(from).filter((person) => person !== from);
+    tell(others, line);
+    this.#said = [...this.#said, line].slice(-this.history);
+  }
+
+  #whisper(from: Person, to: Person, text: string): string {
+    if (!to.ignored.has(from)) {
+      tell(to, `[${from.name} -> you] ${text}`);
+      to.correspondent = from;
+    }
+    return `[you -> ${to.name}] ${text}`;
+  }
+
+  #coming(person: Person, what: string, why = ""): void {
+    const line = `* ${person.name} has ${what} the room${why}`;
+    tell(this.#hearers(person).filter(({ quiet }) => !quiet), line);
+  }
+
+  /** Those who do not ignore `from`. */
+  #hearers(from: Person): Person[] {
+    return this.people.filter(({ ignored }) => !ignored.has(from));
+  }
+
+  #print(what: string, { name, origin }: Person, reason = ""): void {
+    const who = [name, reason, `${this.#here} here`].filter(Boolean);
+    tell(this.operator, `${what} ${origin} (${who.join(", ")})`);
+  }
+}
+
+function tell(who: Person | Person[], ...lines: string[]): void {
+  const text = lines.map((line) => line + "\n").join("");
+  for (const person of [who].flat()) person.due += text;
+}
+
+/** Lets everything else that is ready run first. */
+function turn(): Promise<void> {
+  return new Promise((resolve) => setImmediate(resolve));
+}
+
+/** A connection in memory, and as unreliable as one through a network. */
+class Wire implements Connection {
+  /** Takes nothing for now. */
+  stalled = false;
+  /** Refuses what is written. */
+  deaf = false;
+  /** Fails whatever is done with it. */
+  reset = false;
+  /** The client will send no more. */
+  ended = false;
+  /** The server will write no more. */
+  over = false;
+  closed = false;
+  /** Whether the server has looked at all that was sent and waits for more. */
+  idle = false;
+  closeWrite?: () => Promise<void>;
+  #unread: Uint8Array = new Uint8Array(0);
+  #changed = Promise.withResolvers<void>();
+  readonly #decoder = new TextDecoder();
+
+  /** @param dice its own, as how often the server reads and writes depends on
+   * the time, and what comes after shall not */
+  constructor(readonly person: Person, readonly dice: Dice) {
+    if (dice(2)) this.closeWrite = () => this.#endWrite();
+  }
+
+  async read(buffer: Uint8Array): Promise<number | null> {
+    this.idle = this.#unread.length === 0;
+    while (!this.#unread.length && !this.reset && !this.ended) {
+      await this.#changed.promise;
+    }
+    if (this.reset) throw new Deno.errors.ConnectionReset();
+    if (!this.#unread.length) return null;
+    const count = this.#some(Math.min(this.#unread.length, buffer.length));
+    buffer.set(this.#unread.subarray(0, count));
+    this.#unread = this.#unread.subarray(count);
+    return count;
+  }
+
+  async write(bytes: Uint8Array): Promise<number> {
+    if (this.dice(4) === 0) await turn();
+    while (this.stalled && !this.deaf && !this.reset) {
+      await this.#changed.promise;
+    }
+    if (this.deaf || this.reset) throw new Deno.errors.BrokenPipe();
+    // Taken now, as a socket does it: what was changed meanwhile is found out.
+    const taken = bytes.subarray(0, this.#some(bytes.length));
+    this.person.heard += this.#decoder.decode(taken, { stream: true });
+    return taken.length;
+  }
+
+  close(): void {
+    if (this.closed) throw new Deno.errors.BadResource();
+    this.change({ over: true, closed: true, reset: true });
+  }
+
+  async #endWrite(): Promise<void> {
+    this.over = true;
+    await turn();
+    this.change({ ended: true }); // as nc does
+  }
+
+  #some(most: number): number {
+    return this.dice(3) ? most : 1 + this.dice(most);
+  }
+
+  send(text: string): void {
+    this.idle = false;
+    const bytes = encoder.encode(text);
+    this.#unread = new Uint8Array([...this.#unread, ...bytes]);
+    this.change({});
+  }
+
+  change(to: Partial<Wire>): void {
+    Object.assign(this, to);
+    this.#changed.resolve();
+    this.#changed = Promise.withResolvers();
+  }
+}
+
+const NAMES = [
+  ...["alice", "Alice", "bob", "BOB", "zoë", "ＺＯË", "Ольга"],
+  ...["you", "Server", "no space", "semi;colon", "x".repeat(25), "-", "👋"],
+];
+
+/** People who come, type and go at random, fewer than the crowd of 50 that is
+ * told of it by the clock. */
+class Simulation {
+  readonly #dice: Dice;
+  readonly #model: Model;
+  readonly #server: ChatServer;
+  #wires: Wire[] = [];
+  #joined = 0;
+  #typed = 0;
+  readonly #steps: string[] = [];
+  #error: unknown;
+
+  constructor(readonly seed: number, askName: boolean) {
+    this.#dice = diceOf(seed);
+    this.#model = new Model(askName, 5);
+    const { operator } = this.#model;
+    this.#server = ChatServer.listen(
+      { host: "127.0.0.1", port: 0, rate: 0, history: 5, askName },
+      { print: (line) => operator.heard += line + "\n" },
+    );
+  }
+
+  async run(steps: number): Promise<void> {
+    const caught = (event: Event) => {
+      event.preventDefault();
+      const { error } = event as ErrorEvent;
+      this.#error ??= error ?? (event as PromiseRejectionEvent).reason;
+    };
+    const kinds = ["error", "unhandledrejection"];
+    for (const kind of kinds) addEventListener(kind, caught);
+    try {
+      while (this.#steps.length < steps) await this.#step();
+      await this.#stop();
+    } finally {
+      for (const wire of this.#wires) wire.change({ reset: true });
+      // What went wrong may keep it from stopping, and is the better message.
+      await within(this.#server.stop(), "the end").catch(() => {});
+      for (const kind of kinds) removeEventListener(kind, caught);
+    }
+  }
+
+  async #step(): Promise<void> {
+    const dice = this.#dice, most = 45, roll = dice(100);
+    const here = this.#wires.filter(({ person }) => person.here);
+    // The more are here, the more often one of them leaves.
+    const leaver = roll < 15 ? here[dice(most)] : undefined;
+    let wire = leaver ?? pick(dice, lately(dice, here));
+    if (leaver) await this.#leave(leaver);
+    else if (!wire || (roll < 30 && here.length < most)) wire = this.#join();
+    else if (roll < 45) {
+      this.#note(wire, wire.stalled ? "reads on" : "stalls");
+      wire.change({ stalled: !wire.stalled });
+    } else {
+      const lines = Array.from(
+        { length: 1 + dice(4) },
+        () => this.#line(wire.person),
+      );
+      if (wire.person.name === "") lines.unshift(this.#name());
+      const unfinished = pick(dice, ["", "", "", "and ", "/me "]);
+      await this.#type(wire, lines.join("\n") + "\n" + unfinished);
+    }
+    const { person } = wire, { operator } = this.#model;
+    await this.#until(() => operator.due === "" && (wire.idle || !person.here));
+    // One who has left reads on now or never, lest it race with its deadline.
+    if (!person.here && dice(2)) wire.change({ stalled: false });
+    if (dice(3) === 0) await this.#settle();
+  }
+
+  #join(): Wire {
+    const remote = { hostname: "192.0.2.1", port: ++this.#joined };
+    const person = this.#model.join(`${remote.hostname}:${remote.port}`);
+    const wire = new Wire(person, diceOf(this.#dice(2 ** 32)));
+    wire.stalled = this.#dice(8) === 0;
+    this.#note(wire, wire.stalled ? "joins, stalled" : "joins");
+    this.#wires.push(wire);
+    this.#server.admit(wire, remote);
+    return wire;
+  }
+
+  async #leave(wire: Wire): Promise<void> {
+    const how = pick(this.#dice, ["ends", "hangs up", "resets", "is deaf"]);
+    if (how === "ends") await this.#type(wire, this.#line(wire.person));
+    this.#note(wire, how);
+    const ended = how === "ends" || how === "hangs up";
+    if (ended) this.#model.type(wire.person, "\n");
+    if (how !== "is deaf") this.#model.leave(wire.person);
+    const deaf = wire.deaf || how !== "ends", reset = how === "resets";
+    wire.change({ deaf, reset, ended });
+  }
+
+  async #type(wire: Wire, text: string): Promise<void> {
+    if (/\/(ignore|quiet)/.test(text)) {
+      // Whom one hears is looked at when a line is written, not when it is said:
+      // nothing may be on the way.
+      wire.change({ stalled: false });
+      await this.#settle();
+      await turn();
+    }
+    this.#note(wire, `types ${JSON.stringify(text)}`);
+    this.#model.type(wire.person, text);
+    wire.send(text);
+  }
+
+  #line({ correspondent }: Person): string {
+    const dice = this.#dice, number = ++this.#typed;
+    const person = dice(3)
+      ? pick(dice, lately(dice, this.#model.people))
+      : correspondent;
+    const name = person?.name ?? "nobody";
+    const somebody = pick(dice, [name, name, name.toUpperCase(), "nobody"]);
+    const wanted = this.#name();
+    return pick(dice, [
+      `hello ${number}`,
+      `日本 👋 ${number}`,
+      ` /well ${number}`,
+      `//slashed ${number}`,
+      pick(dice, ["", "\r", " ", "/", "//", "\x07\t", "\x1b[1mbold\x1b[0m\r"]),
+      "x".repeat(dice(9_000)),
+      `/me waves ${number}`,
+      `/ME  is there\r`,
+      `/msg ${somebody}  in private ${number} \r`,
+      `/msg ${somebody} psst ${number}`,
+      `/reply of course ${number}`,
+      `/reply no ${number}`,
+      `/nick ${wanted}`,
+      `/Nick  ${wanted} `,
+      `/nick ${somebody}`,
+      pick(dice, ["/who", "/WHO", "/who  cares ", "/help-me please"]),
+      pick(dice, ["/nick", "/me", "/msg x", "/reply ", "/ignore"]),
+      `/ignore ${somebody}`,
+      "/quiet",
+      pick(dice, ["/quit", "/quit tired", "/quit  of you  "]),
+    ]);
+  }
+
+  #name(): string {
+    const dice = this.#dice, guest = `guest${this.#joined + dice(9)}`;
+    return pick(dice, [`person${++this.#typed}`, pick(dice, NAMES), guest]);
+  }
+
+  async #stop(): Promise<void> {
+    for (const wire of this.#wires) {
+      if (wire.person.here) wire.change({ stalled: false });
+      else if (wire.stalled) wire.change({ reset: true });
+    }
+    await this.#settle();
+    this.#steps.push("The server stops");
+    const wires = this.#wires, here = wires.filter(({ person }) => person.here);
+    tell(here.map(({ person }) => person), "* Shutdown Server");
+    tell(this.#model.operator, "Shutdown Server ......");
+    let stopped = false;
+    this.#server.stop().then(() => stopped = true);
+    await this.#until(() => stopped && wires.every(({ closed }) => closed));
+  }
+
+  /** Waits until everyone who listens has heard all, and its end if it left. */
+  async #settle(): Promise<void> {
+    await this.#until(() => this.#wires.every((wire) => this.#settled(wire)));
+    this.#wires = this.#wires.filter(({ closed }) => !closed);
+  }
+
+  #settled({ person, stalled, deaf, over }: Wire): boolean {
+    return stalled || deaf || (person.due === "" && over !== person.here);
+  }
+
+  async #until(check: () => boolean): Promise<void> {
+    const end = performance.now() + WAIT_MILLISECONDS;
+    for (;;) {
+      if (this.#error) throw new Error(this.#story, { cause: this.#error });
+      for (const { person, stalled, deaf, over } of this.#wires) {
+        this.#verify(person, over && !stalled && !deaf);
+      }
+      this.#verify(this.#model.operator);
+      if (check()) return;
+      if (performance.now() > end) break;
+      await turn();
+    }
+    const late = this.#wires.find((wire) => !this.#settled(wire));
+    this.#verify(late?.person ?? this.#model.operator, true);
+    throw new Error(`Late: ${this.#story}`);
+  }
+
+  /** Looks at what has come since the last time, and whether it is all. */
+  #verify(person: Person, all = false): void {
+    const { name, origin, past, heard, due } = person;
+    if (heard === "" && !(all && due)) return;
+    if (!due.startsWith(heard) || (all && due !== heard)) {
+      const shown = (past + heard).split("\n").length + 2;
+      const lines = (text: string) => (past + text).split("\n", shown);
+      const what = `What ${name || origin} heard. ${this.#story}`;
+      assertEquals(lines(heard), lines(due), what);
+      assertEquals(heard, due, what);
+    }
+    person.past = (past + heard).slice(-400);
+    person.due = due.slice(heard.length);
+    person.heard = "";
+  }
+
+  #note({ person: { name, origin } }: Wire, what: string): void {
+    this.#steps.push(`${name || origin} ${what}`.slice(0, 200));
+  }
+
+  get #story(): string {
+    return `Step ${this.#steps.length} with the seed ${this.seed}. Again:\n` +
+      `PARLEY_SEED=${this.seed} deno test --allow-all --filter simulated\n` +
+      `The last steps:\n  ${this.#steps.slice(-12).join("\n  ")}\n`;
+  }
+}
+
+for (const askName of [false, true]) {
+  const kind = askName ? " that asks for names" : "";
+  Deno.test(`in a simulated room${kind} everyone hears what the model says`, async () => {
+    const seed = Deno.env.get("PARLEY_SEED") ?? Math.random() * 2 ** 32;
+    await new Simulation(Number(seed) >>> 0, askName).run(5_000);
+  });
+}
