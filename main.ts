@@ -197,6 +197,8 @@ const FLAGS: Flag[] = [
 
 /** The text of `--help`: at most 80 columns, with every default. */
 function helpText(): string {
+  const { standalone } = Deno.build; // a binary from `deno compile`
+  const program = standalone ? "parley" : "deno run --allow-net main.ts";
   const rows = FLAGS.map(({ name, short, value, key, help }) => {
     const flag = `${short ? `-${short}, ` : "    "}--${name} ${value ?? ""}`;
     const standard = key && String(DEFAULTS[key]);
@@ -206,7 +208,7 @@ function helpText(): string {
   return `\
 Parley: a chat room for netcat.
 
-Usage: deno run --allow-net main.ts [OPTIONS]
+Usage: ${program} [OPTIONS]
 Join:  nc localhost ${DEFAULTS.port}    (then /help)
 
 Options (with their defaults):
@@ -2790,7 +2792,7 @@ function refuse(connection: Connection, why: string): void {
 /** Why the room cannot be opened, and what to do. */
 function listenProblem(error: unknown): string {
   if (error instanceof Deno.errors.NotCapable) {
-    return "the network is not permitted (run it with --allow-net)";
+    return `the network is not permitted (${granted("--allow-net")})`;
   }
   if (error instanceof Deno.errors.AddrInUse) {
     return "the port is in use (choose another with --port)";
@@ -2845,12 +2847,17 @@ function openError(what: string, why: string, cause?: unknown): OpenError {
   return new OpenError(`${what}: ${why}`, { cause });
 }
 
+/** How to grant a permission; to a binary it was when it was made, or never. */
+function granted(flags: string): string {
+  return `${Deno.build.standalone ? "compile" : "run"} it with ${flags}`;
+}
+
 /** Why a file cannot be opened, and what to do. */
 function fileProblem(error: unknown, flags: string): string {
   if (error instanceof Deno.errors.NotCapable) {
     // Devices need more: Deno says "Requires all access".
     const all = error.message.includes("all access");
-    return `it is not permitted (run it with ${all ? "--allow-all" : flags})`;
+    return `it is not permitted (${granted(all ? "--allow-all" : flags)})`;
   }
   if (error instanceof Deno.errors.NotFound) return "there is no such file";
   if (error instanceof Deno.errors.PermissionDenied) {

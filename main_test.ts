@@ -637,7 +637,51 @@ Deno.test("a crowd hears of comings and goings in one line a second", async () =
     crowd.splice(-4).map((guest) => guest[Symbol.asyncDispose]()),
   );
   assertEquals(await crowd[0].next(), "* 4 people have left the room");
+  await crowd.pop()![Symbol.asyncDispose]();
+  assertEquals(await crowd[0].next(), "* guest56 has left the room");
   for (const guest of crowd) await guest[Symbol.asyncDispose]();
+});
+
+/** Many who hear in memory, of whom some never take what they are written. */
+function admitCrowd(server: ChatServer, size: number, stalled = 0): void {
+  for (let i = 0; i < size; i++) {
+    server.admit({
+      read: () => new Promise(() => {}),
+      write: (bytes) =>
+        i < stalled ? new Promise(() => {}) : Promise.resolve(bytes.length),
+      close() {},
+    }, { hostname: "192.0.2.1", port: i });
+  }
+}
+
+Deno.test("a crowd hears how many of those who left were too slow", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  admitCrowd(server, 60, 2);
+  await alice.find(/people have entered/);
+  await flood(alice, 5_000);
+  assertEquals(
+    await alice.find(/left/),
+    "* 2 people have left the room (2 too slow)",
+  );
+});
+
+Deno.test("a thousand people can be ignored, and no more", async () => {
+  await using server = open({ rate: 0 });
+  admitCrowd(server, 1_001);
+  await using alice = await Guest.join(server.port, "alice");
+  const guests = Array.from({ length: 1_001 }, (_, i) => `guest${i + 1}`);
+  await alice.say(...guests.map((guest) => `/ignore ${guest}`));
+  await alice.find(/^! You ignore 1000 people, which is the most\.$/);
+});
+
+Deno.test("thousands of things done, one by one, arrive in order", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port);
+  const deeds = Array.from({ length: 5_000 }, (_, i) => `waves ${i}`);
+  await alice.say(...deeds.map((deed) => `/me ${deed}`));
+  for (const deed of deeds) assertEquals(await bob.next(), `** alice ${deed}`);
 });
 
 Deno.test("--ask-name is Protohackers' Budget Chat", async () => {
@@ -769,6 +813,9 @@ Deno.test("a line too long is passed on in pieces, cut between characters", asyn
   assertEquals(await bob.next(), "y");
   assertEquals(await bob.next(), "z" + "é".repeat(2_047)); // 4,095 bytes
   assertEquals(await bob.next(), "é".repeat(1_953));
+  await alice.send([...new Uint8Array(5_000).fill(0x80), 10]); // no UTF-8
+  assertEquals(await bob.next(), "\ufffd".repeat(4_096));
+  assertEquals(await bob.next(), "\ufffd".repeat(904));
 });
 
 Deno.test({
@@ -1005,6 +1052,22 @@ Deno.test({
   },
 });
 
+Deno.test("who reads no answer to what is asked first is too slow as well", async () => {
+  using file = new TemporaryFile("sesame");
+  await using server = open({ passwordFile: file.path, rate: 0 });
+  const closed = Promise.withResolvers<void>();
+  server.admit({
+    async read(buffer) {
+      await new Promise((resolve) => setImmediate(resolve));
+      for (const i of buffer.keys()) buffer[i] = [IAC, DO, 1][i % 3];
+      return buffer.length - buffer.length % 3;
+    },
+    write: () => new Promise(() => {}),
+    close: () => closed.resolve(),
+  }, { hostname: "192.0.2.1", port: 1 });
+  await within(closed.promise, "the end of it");
+});
+
 Deno.test("a closed standard output does not stop the room", async () => {
   await using program = await Program.start();
   await program.output[Symbol.asyncDispose]();
@@ -1027,6 +1090,22 @@ Deno.test("a standard output that nobody reads does not stop the room", async ()
   }, "a place in the room");
   program.child.kill("SIGINT");
   assertEquals((await within(program.child.status, "the exit", 2_500)).code, 0);
+});
+
+Deno.test("lines that nobody took from standard output are counted", async () => {
+  await using program = await Program.start(["--console", "--rate", "0"]);
+  await using alice = await Guest.join(program.port);
+  const lines = Array.from({ length: 20_000 }, (_, i) => `line ${i}`);
+  await alice.say(...lines);
+  await alice.settle();
+  // All are told of, one way or the other.
+  let shown = 0, missed = 0;
+  while (shown + missed < lines.length) {
+    const line = await program.output.next();
+    if (/^\[guest1\] line \d+$/.test(line!)) shown++;
+    missed += Number(/^\((\d+) lines not shown\)$/.exec(line!)?.[1] ?? 0);
+  }
+  assert(missed > 0);
 });
 
 // -- who gets in
@@ -1409,6 +1488,8 @@ Deno.test("the operator speaks as host, hears the room, and keeps order", async 
 
 Deno.test("the operator stops the server", async () => {
   await using program = await Program.start(["--console"], { typing: true });
+  await program.type("/who");
+  await program.output.find(/^\* Nobody is here\.$/);
   await using alice = await Guest.join(program.port);
   await program.type("/quit");
   await program.output.find(/^Shutdown Server \.{6}$/);
@@ -1452,6 +1533,10 @@ Deno.test("what is said is in the transcript, and is the next room's history", a
   assertMatch((await carol.next())!, /^\d\d:\d\d \[bob\] two$/);
   await carol.say("three");
   await eventually(() => file.lines.length === 4, "the line in the file");
+
+  await using third = open({ ...options, history: 0 });
+  await using dave = await Guest.join(third.port);
+  await dave.settle(); // and has heard nothing before
 });
 
 Deno.test("a transcript is read from its end, and a broken last line is no harm", async () => {
@@ -1576,6 +1661,11 @@ Deno.test("a file that cannot be used is one line and status 1", async (t) => {
       ["--log", file.path],
       [],
       `Cannot open ${file.path}: it is not permitted (run it with --allow-read=${file.path} --allow-write=${file.path})`,
+    ],
+    [
+      ["--log", "/"],
+      ["--allow-read", "--allow-write"],
+      "Cannot open /: Is a directory (os error 21): open '/'",
     ],
     [
       ["--log", "/no/such/file"],
@@ -1976,6 +2066,70 @@ Deno.test("--help fits 80 columns and names every option and default", async () 
   }
 });
 
+/** Whether `deno compile` can have the runtime that it puts into a binary. */
+async function canCompile(): Promise<boolean> {
+  using program = new TemporaryFile("");
+  using binary = new TemporaryFile("");
+  const { success } = await new Deno.Command(Deno.execPath(), {
+    args: ["compile", "--quiet", "--ext=ts", "-o", binary.path, program.path],
+    stdout: "null",
+    stderr: "null",
+    signal: AbortSignal.timeout(60_000),
+  }).output();
+  return success;
+}
+
+Deno.test({
+  name: "the compiled binary serves, helps and refuses like the script",
+  ignore: !await canCompile(),
+  async fn() {
+    const directory = await Deno.makeTempDir();
+    const deno = (...args: string[]) =>
+      new Deno.Command(Deno.execPath(), { args, stderr: "null" }).output();
+    // With a file of its own in place of the task's.
+    const command = config.tasks.compile.command
+      .replace("--output parley", `--quiet --output ${directory}/parley`)
+      .replace("main.ts", new URL("main.ts", import.meta.url).pathname);
+    assert((await deno(...command.split(" ").slice(1))).success);
+    const parley = async (...args: string[]) => {
+      const binary = new Deno.Command(`${directory}/parley`, { args });
+      const { code, stdout, stderr } = await binary.output();
+      const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+      return { code, output: text(stdout), errors: text(stderr) };
+    };
+    assertEquals(
+      (await parley("--version")).output,
+      `parley ${config.version}\n`,
+    );
+    assertMatch(
+      (await parley("--help")).output,
+      /^Usage: +parley \[OPTIONS\]$/m,
+    );
+    assertEquals((await parley("--prot")).code, 2);
+
+    using log = new TemporaryFile("");
+    using password = new TemporaryFile("sesame\n");
+    const options = ["--log", log.path, "--password-file", password.path];
+    const address = ["--host", "127.0.0.1", "--port", "0", "--console"];
+    const child = new Deno.Command(`${directory}/parley`, {
+      args: [...address, ...options, "--allow", "127.0.0.0/8"],
+      stdin: "piped",
+      stdout: "piped",
+    }).spawn();
+    await using output = new Lines(child.stdout);
+    const line = await output.find(/^Listening on /);
+    const port = Number(/:(\d+)\. Join/.exec(line)![1]);
+    await using alice = await Guest.connect(port);
+    await alice.say("sesame", "hello");
+    await output.find(/^\[guest1\] hello$/);
+    child.kill("SIGTERM");
+    assertEquals((await child.status).code, 0);
+    assertEquals(spoken(log), ["[guest1] hello"]);
+    await child.stdin.close();
+    await Deno.remove(directory, { recursive: true });
+  },
+});
+
 Deno.test("--version is the one in deno.json", async () => {
   const { code, output } = await run(["-V"], []);
   assertEquals([code, output], [0, `parley ${config.version}\n`]);
@@ -2026,6 +2180,27 @@ Deno.test("an option that is undefined has its default", async () => {
   assertEquals(await bob.next(), "[guest1] hello");
 });
 
+Deno.test("an error of the program that listens is its own", async () => {
+  const errors: unknown[] = [];
+  const caught = (event: ErrorEvent) => {
+    event.preventDefault();
+    errors.push(event.error);
+  };
+  addEventListener("error", caught);
+  try {
+    const mine = new Error("mine");
+    await using server = ChatServer.listen({ host: "127.0.0.1", port: 0 }, {
+      print() {
+        throw mine;
+      },
+    });
+    await using _alice = await Guest.join(server.addr.port);
+    assertEquals(errors, [mine]);
+  } finally {
+    removeEventListener("error", caught);
+  }
+});
+
 Deno.test("a room that was empty once stops like any other", async () => {
   const server = open();
   const alice = await Guest.join(server.port);
@@ -2043,6 +2218,131 @@ Deno.test("a port can be used again as soon as its room is stopped", async () =>
   await using second = open({ port: first.port });
   await using _bob = await Guest.join(second.port);
   await alice.rest();
+});
+
+// -- faults
+
+/** Lets something go wrong in a room where alice is, which must leave the room
+ * as it was: descriptors, people, memory, nothing on standard error. */
+function withstands(
+  name: string,
+  fault: (program: Program, alice: Guest) => Promise<void>,
+): void {
+  Deno.test({
+    name,
+    ignore: !LINUX,
+    async fn() {
+      await using program = await Program.start(["--rate", "0"]);
+      await using alice = await Guest.join(program.port, "alice");
+      const descriptors = await program.descriptors();
+      const memory = await program.memory();
+      await fault(program, alice);
+      await eventually(
+        async () => await program.descriptors() <= descriptors,
+        "the descriptors are back",
+      );
+      await alice.say("/who");
+      await alice.find(/^\* The room contains: alice$/);
+      const more = await program.memory() - memory;
+      assert(more < 40, `${more} MiB more`);
+      program.child.kill("SIGTERM");
+      assertEquals((await within(program.child.status, "the exit")).code, 0);
+      assertEquals(await program.errors.rest(), []);
+    },
+  });
+}
+
+withstands(
+  "twenty who stop in the middle of a line",
+  async (program, alice) => {
+    const guests: Guest[] = [];
+    for (let i = 0; i < 20; i++) {
+      guests.push(await Guest.join(program.port));
+      await guests[i].send("half a li");
+    }
+    await using bob = await Guest.join(program.port, "bob");
+    await bob.say("a whole one");
+    await alice.find(/^\[bob\] a whole one$/);
+    for (const guest of guests) {
+      await guest[Symbol.asyncDispose]();
+      await alice.find(/^\[guest\d+\] half a li$/); // it was all they had to say
+      await alice.find(/^\* guest\d+ has left the room$/);
+    }
+  },
+);
+
+withstands("resets in the middle of writes", async (program, alice) => {
+  const conns: Deno.TcpConn[] = [];
+  for (let i = 0; i < 20; i++) {
+    conns.push(await Deno.connect({ port: program.port }));
+    await alice.find(/has entered the room$/);
+  }
+  await flood(alice, 3_000); // more than their buffers take
+  await alice.settle();
+  for (const conn of conns) conn.close(); // with all of it unread: a reset
+  for (let left = 0; left < 20; left++) await alice.find(/has left the room$/);
+});
+
+withstands("noise instead of text", async (program, alice) => {
+  await using mallory = await Guest.join(program.port, "mallory");
+  const noise = new Uint8Array(65_536);
+  for (let i = 0; i < 16; i++) {
+    await mallory.send(crypto.getRandomValues(noise));
+  }
+  await mallory.conn.closeWrite();
+  for (let line; !(line = (await alice.next())!).includes("has left");) {
+    assert(!FORBIDDEN.test(line), JSON.stringify(line));
+    assertMatch(
+      line,
+      /^\[mallory\] |^\* guest2 is now |^\* \S+ has (enter|left)/,
+    );
+  }
+});
+
+Deno.test("a SIGTERM in the middle of a flood loses nothing that was said", async () => {
+  using file = new TemporaryFile("");
+  await using program = await Program.start(
+    ["--rate", "0", "--log", file.path],
+    { permissions: ["--allow-net", "--allow-read", "--allow-write"] },
+  );
+  await using alice = await Guest.join(program.port, "alice");
+  await using bob = await Guest.join(program.port, "bob");
+  const flooding = (async () => {
+    for (let number = 0;; number += 100) {
+      await alice.say(
+        ...Array.from({ length: 100 }, (_, i) => `line ${number + i}`),
+      );
+    }
+  })().catch(() => {}); // it ends with the server
+  const heard = [await bob.next()];
+  while (heard.length < 5_000) heard.push(await bob.next());
+  program.child.kill("SIGTERM");
+  heard.push(...await bob.rest());
+  assertEquals((await within(program.child.status, "the exit")).code, 0);
+  await flooding;
+  assertEquals(heard.pop(), "* Shutdown Server");
+  assertEquals(heard, heard.map((_, number) => `[alice] line ${number}`));
+  assertEquals(spoken(file), heard);
+  assertEquals(await program.errors.rest(), []);
+});
+
+Deno.test("a clock that jumps neither holds anyone up nor lets anyone rush", async () => {
+  await using server = open({ rate: 100, timestamps: true });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  const { now } = Date;
+  try {
+    // Of the first, 500 are in hand; the others have to be earned.
+    for (const [hours, lines] of [[-24, 550], [48, 50]]) {
+      Date.now = () => now() + hours * 3_600_000;
+      const started = performance.now();
+      await alice.say(...Array.from({ length: lines }, (_, i) => `line ${i}`));
+      await bob.find(new RegExp(` \\[alice\\] line ${lines - 1}$`));
+      assert(performance.now() - started > 400, "they were paced");
+    }
+  } finally {
+    Date.now = now;
+  }
 });
 
 // -- what holds for any input
