@@ -100,7 +100,11 @@ export class UsageError extends Error {
   /** What kind of error it is. */
   override name = "UsageError";
 
-  /** @param message one line, whatever was typed into it */
+  /**
+   * Brings `message` to one line, whatever was typed into it.
+   *
+   * @param message what is wrong, and what to do
+   */
   constructor(message: string) {
     super(singleLine(message));
   }
@@ -112,7 +116,9 @@ export class OpenError extends Error {
   override name = "OpenError";
 
   /**
-   * @param message one line, whatever the names of files in it
+   * Brings `message` to one line, whatever the names of files in it.
+   *
+   * @param message what cannot be opened, why, and what to do
    * @param options what caused it
    */
   constructor(message: string, options?: ErrorOptions) {
