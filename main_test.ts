@@ -241,6 +241,23 @@ class Program implements AsyncDisposable {
   }
 }
 
+/** Lets so many milliseconds of the servers in this process, which they wait for
+ * something, pass in a tenth of a second. */
+function hurry(awaited: number): Disposable {
+  const { setTimeout } = globalThis;
+  globalThis.setTimeout =
+    ((run: () => void, milliseconds: number) =>
+      setTimeout(
+        run,
+        milliseconds === awaited ? 100 : milliseconds,
+      )) as typeof setTimeout;
+  return {
+    [Symbol.dispose]() {
+      globalThis.setTimeout = setTimeout;
+    },
+  };
+}
+
 /** Whether this machine has a program, such as a client. */
 function installed(name: string): boolean {
   const { code } = new Deno.Command("bash", {
@@ -626,6 +643,7 @@ Deno.test("the list of who is here counts those past twenty", async () => {
 });
 
 Deno.test("a crowd hears of comings and goings in one line a second", async () => {
+  using _hurry = hurry(1_000);
   await using server = open();
   const crowd = [await Guest.join(server.port)];
   for (let i = 0; i < 59; i++) crowd.push(await Guest.join(server.port));
@@ -651,6 +669,7 @@ function admitCrowd(server: ChatServer, size: number, stalled = 0): void {
 }
 
 Deno.test("a crowd hears how many of those who left were too slow", async () => {
+  using _hurry = hurry(1_000);
   await using server = open({ rate: 0 });
   await using alice = await Guest.join(server.port, "alice");
   admitCrowd(server, 60, 2);
@@ -1123,22 +1142,6 @@ class TemporaryFile implements Disposable {
   }
 }
 
-/** Lets 30 seconds of the servers in this process pass in a tenth of one. */
-function hurry(): Disposable {
-  const { setTimeout } = globalThis;
-  globalThis.setTimeout =
-    ((run: () => void, milliseconds: number) =>
-      setTimeout(
-        run,
-        milliseconds === 30_000 ? 100 : milliseconds,
-      )) as typeof setTimeout;
-  return {
-    [Symbol.dispose]() {
-      globalThis.setTimeout = setTimeout;
-    },
-  };
-}
-
 const ASKED = "* This room has a password. What is it?";
 
 Deno.test("nothing is seen or heard before the password is given", async () => {
@@ -1196,7 +1199,7 @@ Deno.test("the password is asked for before a name, and in a raw room", async ()
 
 Deno.test("who gives no password in time is sent away", async () => {
   using file = new TemporaryFile("x");
-  using _hurry = hurry();
+  using _hurry = hurry(30_000);
   await using server = open({ passwordFile: file.path });
   await using alice = await Guest.connect(server.port);
   assertEquals(await alice.rest(), [ASKED, "! That took too long."]);
@@ -1269,7 +1272,7 @@ Deno.test({
   name: "a handshake that never ends is given up",
   ignore: !certificate,
   async fn() {
-    using _hurry = hurry();
+    using _hurry = hurry(30_000);
     await using server = open(tls());
     await using silent = await Guest.connect(server.port);
     assertEquals(await silent.next(), null);
