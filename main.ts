@@ -1412,10 +1412,12 @@ class Room {
 // ---------------------------------------------------------------------------
 
 /** The least and the most that is read at once, in bytes. Who only listens has
- * the least waiting; a full read makes it eight times that, a small one ends it.
- * Who is paced gets no more than the second: what was read has to wait here. */
-const LEAST_READ_BYTES = 256, PACED_READ_BYTES = 2_048;
-const MOST_READ_BYTES = 65_536;
+ * the least waiting; a full read makes it eight times that. */
+const LEAST_READ_BYTES = 256, MOST_READ_BYTES = 65_536;
+
+/** The most that waits for one who is paced, as what was read has to wait here,
+ * or who has said all for now, lest one who was busy once cost more for ever. */
+const RESTING_READ_BYTES = 2_048;
 
 /** How many seconds' worth of lines a client has in hand at the start. */
 const BURST_SECONDS = 5;
@@ -1577,11 +1579,13 @@ class Client extends Reader {
   #sizeBuffer(count: number): void {
     const size = this.#buffer.length;
     const paced = this.room.options.rate > 0;
-    const most = paced ? PACED_READ_BYTES : MOST_READ_BYTES;
-    if (count === size && size < most) {
-      this.#buffer = new Uint8Array(Math.min(size * 8, most));
-    } else if (count <= LEAST_READ_BYTES / 2 && size > LEAST_READ_BYTES) {
-      this.#buffer = leastBuffer();
+    const most = paced ? RESTING_READ_BYTES : MOST_READ_BYTES;
+    if (count === size) {
+      if (size < most) this.#buffer = new Uint8Array(Math.min(size * 8, most));
+    } else if (count <= LEAST_READ_BYTES) {
+      if (size > LEAST_READ_BYTES) this.#buffer = leastBuffer();
+    } else if (size > RESTING_READ_BYTES) {
+      this.#buffer = new Uint8Array(RESTING_READ_BYTES);
     }
   }
 

@@ -969,6 +969,30 @@ Deno.test({
   },
 });
 
+Deno.test("little memory waits for the next words of one who was busy", async () => {
+  await using server = open({ raw: true, rate: 0 });
+  const sizes: number[] = [], ended = Promise.withResolvers<void>();
+  server.admit({
+    async read(buffer) {
+      await new Promise((resolve) => setImmediate(resolve));
+      buffer.fill(10);
+      switch (sizes.push(buffer.length)) {
+        case 9: // the last of much
+          return buffer.length - 1;
+        case 10: // and a word after it
+          return 1;
+        case 11:
+          return null;
+      }
+      return buffer.length;
+    },
+    write: (bytes) => Promise.resolve(bytes.length),
+    close: () => ended.resolve(),
+  }, { hostname: "192.0.2.1", port: 1 });
+  await within(ended.promise, "the end");
+  assertEquals(sizes.slice(8), [65_536, 2_048, 256]);
+});
+
 Deno.test("a pasted page arrives whole at the given pace, while others talk", async () => {
   await using server = open({ rate: 20 });
   await using alice = await Guest.join(server.port, "alice");
