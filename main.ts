@@ -22,7 +22,7 @@
  *
  * The room is one append-only log of encoded lines, and every client is a
  * cursor into it. Saying something costs the same however many people listen,
- * a slow client holds up nobody, and memory has one bound.
+ * a slow client holds up nobody, and the log has one bound for all.
  *
  * The parts, top to bottom, each using only what stands above it: options,
  * text, room, client, commands, gate, TLS, transcript, console, server, main.
@@ -263,11 +263,7 @@ export function parseOptions(args: string[]): CommandLine {
       FLAGS.flatMap(({ name, short }) => short ? [[short, name]] : []),
     ),
     unknown(arg) {
-      if (!arg.startsWith("-")) {
-        throw new UsageError(
-          `Unexpected argument ${arg || '""'} (every option begins with --)`,
-        );
-      }
+      if (!arg.startsWith("-")) return true; // and so it is a stray one
       const option = arg.replace(/=.*/s, "");
       const known = names(FLAGS).map(dashed);
       throw new UsageError(
@@ -277,10 +273,13 @@ export function parseOptions(args: string[]): CommandLine {
       );
     },
   });
-  const [stray] = given._ as string[];
+  const eaten = tied.find((arg, i) =>
+    /^(true|false)$/.test(arg) && i > 0 && !takesValue.has(tied[i - 1])
+  ); // parseArgs takes it for the value of a flag that has none
+  const [stray] = [...given._ as string[], ...eaten ? [eaten] : []];
   if (stray !== undefined) {
     throw new UsageError(
-      `Unexpected argument ${stray} (every option begins with --)`,
+      `Unexpected argument ${stray || '""'} (every option begins with --)`,
     );
   }
 
@@ -317,6 +316,15 @@ export function parseOptions(args: string[]): CommandLine {
 
 /** Throws a {@linkcode UsageError} if no room can be opened with `options`. */
 function checkOptions(options: Partial<Record<keyof Options, unknown>>): void {
+  for (const [key, value] of Object.entries(options)) {
+    const standard: unknown = DEFAULTS[key as keyof Options];
+    if (standard === undefined) throw new UsageError(`Unknown option ${key}`);
+    const kind = (it: unknown) => Array.isArray(it) ? "list" : typeof it;
+    const wanted = kind(standard); // of a number, the range says more
+    if (![wanted, "undefined"].includes(kind(value)) && wanted !== "number") {
+      throw new UsageError(`Cannot use ${value} for ${key}: give a ${wanted}`);
+    }
+  }
   for (const { name, key, range } of FLAGS) {
     const value = key && options[key];
     if (value === undefined) continue;
@@ -447,10 +455,11 @@ const NAME =
 /** Names that would make what their owner says look like the server's words. */
 const HOST = "host", RESERVED_NAMES = new Set([HOST, "you", "server"]);
 
-/** What looks like a letter of those names in most fonts. */
+/** What looks like a letter of those names: Cyrillic, Greek, Armenian, small
+ * capitals, digits. */
 const LOOKALIKES = Object.entries({
   e: "еᴇє3",
-  h: "һнʜհ",
+  h: "һнʜհηħ",
   o: "оοօᴏ0",
   r: "гʀ",
   s: "ѕꜱ5",
@@ -494,11 +503,12 @@ function nameKey(name: string): string {
 
 /** Whether a name is reserved, or could be taken for one that is. */
 function isReserved(name: string): boolean {
-  let plain = nameKey(name).normalize("NFD").replace(/\p{M}/gu, "");
-  for (const [like, letter] of LOOKALIKES) {
-    plain = plain.replaceAll(like, letter);
-  }
-  return RESERVED_NAMES.has(plain);
+  const plain = nameKey(name).normalize("NFD").replace(/\p{M}/gu, "");
+  // The Greek upsilon is like a y in capitals.
+  return [plain, plain.replaceAll("υ", "y")].some((it) => {
+    for (const [like, letter] of LOOKALIKES) it = it.replaceAll(like, letter);
+    return RESERVED_NAMES.has(it);
+  });
 }
 
 /** An address without the IPv4-mapped form (RFC 4291, 2.5.5.2). */
@@ -689,9 +699,10 @@ function decodeLines(bytes: Uint8Array): string[] {
 //                                   ▲                                ▲
 //                             slow reader                     everyone else
 //
-// Appending encodes once and touches no reader. At the end of the turn each
-// reader that is not writing starts one write of all that it has not heard; the
-// others look again when theirs ends, so that under load lines leave together.
+// Appending encodes once and touches no reader. At the end of the turn (at once,
+// if one person alone is talking) each reader that is not writing starts one write
+// of all that it has not heard; the others look again when theirs ends, so that
+// under load lines leave together.
 // ---------------------------------------------------------------------------
 
 /** The log is kept in segments of this many bytes, written once and never
@@ -833,6 +844,10 @@ class Segment {
     return { bytes, end: index };
   }
 
+  lastEntry(): Uint8Array {
+    return this.entry(this.entries.length - 1);
+  }
+
   /** The bytes of one entry. */
   entry(index: number): Uint8Array {
     return this.#stretch(index, index + 1).bytes;
@@ -861,7 +876,9 @@ abstract class Reader {
   correspondent: Reader | null = null;
   #segment: Segment | null = null;
   #index = 0;
+  /** The number of the last entry that concerns it in a way of its own. */
   #special = -1;
+  /** The number of the first entry that it does not hear any more. */
   #last = Infinity;
   /** What leaves before anything of the log: greetings and questions. */
   #direct: Uint8Array | null = null;
@@ -880,7 +897,7 @@ abstract class Reader {
   protected abstract finished(): void;
 
   /** Writing to it failed. */
-  protected abstract writeFailed(): void;
+  protected writeFailed(): void {}
 
   /** The window has moved past its cursor. */
   abstract tooSlow(): void;
@@ -962,8 +979,12 @@ abstract class Reader {
       return;
     }
     this.#writing = true;
-    // Not an async function: its promises cost a tenth of a delivery.
-    this.write(this.#batch).then(this.#written, this.#notWritten);
+    try {
+      // Not an async function: its promises cost a tenth of a delivery.
+      this.write(this.#batch).then(this.#written, this.#notWritten);
+    } catch {
+      this.#notWritten();
+    }
   }
 
   #written = (count: number): void => {
@@ -1039,7 +1060,7 @@ class History {
     this.#lines += lines;
     this.#length += bytes.length;
     this.#whole = null;
-    for (;;) {
+    while (this.#parts.length > 0) {
       const [{ bytes, lines }] = this.#parts;
       const enough = this.#lines - lines >= this.most;
       if (!enough && this.#length <= HISTORY_BYTES) break;
@@ -1232,18 +1253,12 @@ class Room {
       text += start + line + "\n";
       count++;
       if (text.length > ENTRY_CHARACTERS) {
-        this.#appendSaid(text, count, from);
+        this.#append(text, Kind.Said, from, undefined, count);
         text = "";
         count = 0;
       }
     }
-    if (text) this.#appendSaid(text, count, from);
-  }
-
-  #appendSaid(text: string, lines: number, from: Reader): void {
-    this.#append(text, Kind.Said, from);
-    const { entries } = this.#tail;
-    this.#history?.add(this.#tail.entry(entries.length - 1).slice(), lines);
+    if (text) this.#append(text, Kind.Said, from, undefined, count);
   }
 
   /** What stands before a line that `from` says. */
@@ -1277,10 +1292,10 @@ class Room {
     if (!to.ignored?.has(from.id)) to.correspondent = from;
   }
 
-  /** The room's own words about `of`, to everyone but who ignores it. */
-  notice(text: string, of: Reader): void {
-    this.#append(`* ${text}\n`, Kind.Told, of);
-    this.tell(of, `* ${text}\n`);
+  /** The room's own words to everyone. Who ignores someone hears of that one's
+   * new name too, or could not name whom to hear again. */
+  notice(text: string): void {
+    this.#append(`* ${text}\n`, Kind.Told);
   }
 
   /** The time of day before a line said, if it is wanted. */
@@ -1334,6 +1349,7 @@ class Room {
     kind: Kind,
     from?: Reader,
     to?: Reader,
+    saidLines = 0,
   ): void {
     const entry = {
       end: 0,
@@ -1359,6 +1375,9 @@ class Room {
       for (const reader of this.quiet) reader.markSpecial(number);
     }
 
+    if (saidLines > 0 && this.#history !== null) {
+      this.#history.add(this.#tail.lastEntry().slice(), saidLines);
+    }
     this.countInput(added);
     this.#flushSoon(kind === Kind.Said ? from : undefined);
   }
@@ -1374,10 +1393,10 @@ class Room {
   }
 
   /** Has everyone written what was added: at the end of the turn, together with
-   * what else is said in it. */
+   * what else is said in it, or at once if one person alone is talking. */
   #flushSoon(speaker: Reader | undefined): void {
-    // Who is the only one to talk has nothing to wait for: one line at a time to
-    // a hundred people goes 8 % faster.
+    // There is nothing to wait for then: one line at a time to a hundred people
+    // goes 8 % faster.
     const alone = speaker !== undefined && speaker === this.#lastSpeaker;
     this.#lastSpeaker = speaker;
     if (this.#flushing) return;
@@ -1461,6 +1480,13 @@ interface ClientEvents {
   closed(client: Client): void;
 }
 
+/** Closes what may be closed already. */
+function tryClose(connection: { close(): void }): void {
+  try {
+    connection.close();
+  } catch { /* it was */ }
+}
+
 /** How many bytes the least read buffers are cut from: sixteen share one
  * allocation, which saves 0.6 KB a client (of 9.7). */
 const SLAB_BYTES = 4_096;
@@ -1485,10 +1511,11 @@ class Client extends Reader {
   #deaf = false;
   /** Nothing more will come from it. */
   #ended = false;
-  /** All that is due to it has been written. */
+  /** All that is due to it has been written, and so will be the end. */
   #finished = false;
-  /** And has left, with the end of the stream behind it. */
-  #sent = false;
+  /** The end of the stream has been written. */
+  #endWritten = false;
+  /** Its first line was looked at. */
   #spoken = false;
   /** How many bytes of a TLS handshake it began with; -1 if with others. */
   #handshake = 0;
@@ -1539,7 +1566,7 @@ class Client extends Reader {
     if (this.#closed) return;
     if (count === null) {
       this.#ended = true;
-      if (this.#leaving) return this.#sent ? this.#close() : undefined;
+      if (this.#leaving) return this.#endWritten ? this.#close() : undefined;
       this.#held = this.#splitter?.end() ?? NO_LINES;
     } else {
       if (this.#leaving) { // look at nothing more of it, and not too often
@@ -1689,7 +1716,7 @@ class Client extends Reader {
     return this.connection.write(bytes);
   }
 
-  protected writeFailed(): void {
+  protected override writeFailed(): void {
     // It is gone, but may have said something before: the read will tell.
     this.#deaf = true;
     if (this.#leaving) this.#close();
@@ -1723,7 +1750,7 @@ class Client extends Reader {
    * most, unless `drain` is false. */
   leave(reason: string, { drain = true } = {}): void {
     if (this.#leaving) {
-      if (this.room.closed && this.#sent) this.#close();
+      if (this.room.closed && this.#endWritten) this.#close();
       return;
     }
     this.#leaving = true;
@@ -1743,7 +1770,7 @@ class Client extends Reader {
     // sent last could be lost on the way: end this side, and await the other.
     this.connection.closeWrite().then(
       () => {
-        this.#sent = true;
+        this.#endWritten = true;
         if (this.#ended || this.room.closed) this.#close();
       },
       () => this.#close(),
@@ -1759,7 +1786,7 @@ class Client extends Reader {
     this.#buffer = NO_BYTES;
     this.#held = NO_LINES;
     this.#splitter = this.ignored = null;
-    this.connection.close();
+    tryClose(this.connection);
     this.events.closed(this);
   }
 }
@@ -1777,13 +1804,19 @@ interface Command<Actor extends Reader> {
   run(actor: Actor, text: string): void;
 }
 
+/** The first word of a command's text, and what stands after it. */
+function firstWord(text: string): [word: string, rest: string] {
+  const [, word, rest] = /^(\S*)\s*(.*)$/.exec(text)!;
+  return [word, rest];
+}
+
 /** Does what a line that begins with a slash says. */
 function obey<Actor extends Reader>(
   commands: Command<Actor>[],
   actor: Actor,
   line: string,
 ): void {
-  const [, name, rest] = /^\/(\S*)\s*(.*)$/.exec(line)!;
+  const [name, rest] = firstWord(line.slice(1));
   const text = rest.trimEnd(); // not by the expression: that is quadratic
   const command = commands.find((it) => it.name === name.toLowerCase());
   if (command !== undefined) {
@@ -1848,7 +1881,7 @@ const COMMANDS: Command<Client>[] = [
       if (refusal) fail(client, `${refusal} Choose one with /nick NAME.`);
       else if (name === client.name) fail(client, `You are ${name} already.`);
       else {
-        room.notice(`${client.name} is now known as ${name}`, client);
+        room.notice(`${client.name} is now known as ${name}`);
         room.setName(client, name!);
       }
     },
@@ -1870,7 +1903,7 @@ const COMMANDS: Command<Client>[] = [
     arguments: "NAME TEXT",
     help: "say something to one person alone",
     run(client, text) {
-      const [, name, message] = /^(\S+)\s+(.*)$/.exec(text) ?? [];
+      const [name, message] = firstWord(text);
       if (!message) return fail(client, `Type /msg NAME TEXT.`);
       const person = findPerson(client, name);
       if (person) client.room.sayPrivately(client, person, message);
@@ -2106,11 +2139,6 @@ class TlsConnection implements Connection {
   }
 }
 
-/** Closes what may be closed already, as a stream does with its connection. */
-function tryClose(connection: Disposable): void {
-  connection[Symbol.dispose]();
-}
-
 // ---------------------------------------------------------------------------
 // Transcript: what is said, kept in a file. A reader of the log like any other:
 // it writes in batches, and a slow disk delays nobody.
@@ -2148,8 +2176,9 @@ class Transcript extends Reader {
     });
     const { isFile, size } = this.#file.statSync();
     if (!isFile || size === 0) return;
-    // The end is enough, however large the file is: invalid bytes take three
-    // times as many as U+FFFD, and a time is shorter than the least line.
+    // The end is enough, however large the file is: as many of the longest lines
+    // (three bytes a byte, where an invalid one became U+FFFD), or as much as the
+    // history keeps and as much again for the times.
     const most = Math.min(
       (room.options.history + 1) * (3 * LINE_BYTES + 256),
       2 * HISTORY_BYTES,
@@ -2196,8 +2225,6 @@ class Transcript extends Reader {
       return 0; // and the same again
     }
   }
-
-  protected writeFailed(): void {}
 
   tooSlow(): void {
     this.#warn("Some lines are lost: the disk is slower than the talk");
@@ -2274,15 +2301,14 @@ class Console extends Reader {
 
   /** All who are connected, whether they have a name or not. */
   get clients(): Client[] {
-    return [...this.room.readers].filter((reader) => reader instanceof Client);
+    return [...this.room.readers].filter((reader) => reader instanceof Client)
+      .filter((client) => !client.leaving);
   }
 
   protected write(bytes: Uint8Array): Promise<number> {
     this.output(decoder.decode(bytes).trimEnd());
     return Promise.resolve(bytes.length);
   }
-
-  protected writeFailed(): void {}
 
   tooSlow(): void {
     this.joinLog();
@@ -2317,7 +2343,7 @@ const CONSOLE_COMMANDS: Command<Console>[] = [
     arguments: "NAME [REASON]",
     help: "send somebody away",
     run(host, text) {
-      const [, name, why] = /^(\S+)\s*(.*)$/.exec(text)!;
+      const [name, why] = firstWord(text);
       const person = findPerson(host, name);
       if (person instanceof Client) person.dismiss("kicked", why);
     },
@@ -2327,7 +2353,7 @@ const CONSOLE_COMMANDS: Command<Console>[] = [
     arguments: "NAME|ADDRESS [REASON]",
     help: "send somebody away, and keep the address out",
     run(host, text) {
-      const [, whom, why] = /^(\S+)\s*(.*)$/.exec(text)!;
+      const [whom, why] = firstWord(text);
       const person = host.room.find(whom);
       const address = person instanceof Client
         ? person.address
@@ -2529,10 +2555,11 @@ export class ChatServer implements AsyncDisposable {
     lines: AsyncIterable<string>,
     print: (line: string) => void,
   ): Promise<void> {
+    if (this.#room.closed) return;
     const seat = new Console(
       this.#room,
       this.#gate,
-      print,
+      guard(print),
       () => this.stop(),
       (reader) => this.#forget(reader),
     );
@@ -2633,10 +2660,12 @@ export class ChatServer implements AsyncDisposable {
       return connection.close();
     }
     if (this.#here >= maxClients) {
-      return refuse(connection, "The room is full. Try again later.");
+      refuse(connection, "The room is full. Try again later.");
+      return;
     }
     if (maxPerAddress > 0 && fromHere >= maxPerAddress) {
-      return refuse(connection, "Too many here are from your address.");
+      refuse(connection, "Too many here are from your address.");
+      return;
     }
     const client = new Client(
       this.#room,
@@ -2727,9 +2756,10 @@ export class ChatServer implements AsyncDisposable {
         ? room.whoIsHere()
         : welcome + room.whoIsHere("nobody else yet"),
     );
-    room.setName(client, name);
     const { history } = room;
     if (history.length > 0) client.send(history);
+    if (client.leaving) return; // too slow for so much
+    room.setName(client, name);
     room.enter(client);
   }
 
@@ -2788,15 +2818,22 @@ function guard(report?: (line: string) => void): (line: string) => void {
 }
 
 /** Tells a newcomer why it cannot come in. */
-function refuse(connection: Connection, why: string): void {
-  let open = true;
-  const close = () => {
+async function refuse(connection: Connection, why: string): Promise<void> {
+  // As TLS may never begin, and the other side may never end.
+  const late = setTimeout(() => connection.close(), LINGER_MILLISECONDS);
+  try {
+    let bytes = encoder.encode(`! ${why}\n`);
+    while (bytes.length) bytes = bytes.subarray(await connection.write(bytes));
+    // To close with something unread would reset the connection.
+    await connection.closeWrite?.();
+    const unread = new Uint8Array(LEAST_READ_BYTES);
+    while (connection.closeWrite && await connection.read(unread) !== null);
+    connection.close();
+  } catch {
+    /* it is gone, or late */
+  } finally {
     clearTimeout(late);
-    if (open) connection.close();
-    open = false;
-  };
-  const late = setTimeout(close, LINGER_MILLISECONDS); // as TLS may never begin
-  connection.write(encoder.encode(`! ${why}\n`)).then(close, close);
+  }
 }
 
 /** Why the room cannot be opened, and what to do. */

@@ -501,7 +501,8 @@ Deno.test("the commands do what /help says", async (t) => {
     await alice.say("unheard", "/me unseen", "/msg bob unread");
     await alice.find(/^\[you -> bob\] unread$/);
     await alice.say("/nick noise", "/nick alice");
-    await alice.find(/^\* noise is now known as alice$/);
+    assertEquals(await bob.next(), "* alice is now known as noise");
+    assertEquals(await bob.next(), "* noise is now known as alice");
     await bob.say("/ignore alice");
     assertEquals(await bob.next(), "* You hear alice again.");
     await alice.say("heard");
@@ -549,6 +550,8 @@ Deno.test("what cannot be done is answered to its sender alone", async () => {
     ["/nick al\u3164ice", /^! A name is 1 to 24 letters/],
     ["/nick h\u043est", /^! The name h\u043est is reserved/], // Cyrillic o
     ["/nick \u029cost", /^! The name .ost is reserved/], // a small capital
+    ["/nick \u0397\u043est", /^! The name .+st is reserved/], // Greek Eta
+    ["/nick \u03a5\u039fU", /^! The name .+ is reserved/], // capital upsilon
     ["/nick h\u0301ost", /^! The name .+ost is reserved/],
     ["/nick ]", /^! A name is 1 to 24 letters/],
     ["/nick", /^! Type \/nick NAME\.$/],
@@ -1107,6 +1110,28 @@ Deno.test("who reads no answer to what is asked first is too slow as well", asyn
   await within(closed.promise, "the end of it");
 });
 
+Deno.test("who is thrown out on entering leaves no name behind", async () => {
+  await using server = open({ askName: true, rate: 0 });
+  let reads = 0;
+  server.admit({
+    async read(buffer) {
+      await new Promise((resolve) => setImmediate(resolve));
+      const asks = new Array(64).fill([IAC, DO, 1]).flat();
+      // As much as is kept for who does not take it; the next is too much.
+      const bytes = reads++ < 342 ? asks : encoder.encode("ghost\n");
+      buffer.set(bytes);
+      return reads < 345 ? bytes.length : await new Promise(() => {});
+    },
+    write: () => new Promise(() => {}),
+    close() {},
+  }, { hostname: "192.0.2.1", port: 1 });
+  await eventually(() => reads > 342, "the name");
+  await using alice = await Guest.connect(server.port);
+  await alice.say("ghost");
+  assertMatch((await alice.next())!, /name\?$/);
+  assertEquals(await alice.next(), "* The room contains: ");
+});
+
 Deno.test("a closed standard output does not stop the room", async () => {
   await using program = await Program.start();
   await program.output[Symbol.asyncDispose]();
@@ -1320,6 +1345,20 @@ Deno.test({
     using banned = await Deno.startTls(conn, options);
     await using lines = new Lines(banned.readable);
     assertEquals(await lines.rest(), ["! You were banned."]);
+  },
+});
+
+Deno.test({
+  name: "over TLS too, one too many is told that the room is full",
+  ignore: !certificate,
+  async fn() {
+    await using server = open({ ...tls(), maxClients: 1 });
+    using first = await connectTls(server.port);
+    await using alice = new Lines(first.readable);
+    await alice.find(/^\* The room contains/);
+    using second = await connectTls(server.port);
+    await using bob = new Lines(second.readable);
+    assertEquals(await bob.rest(), ["! The room is full. Try again later."]);
   },
 });
 
@@ -1585,6 +1624,16 @@ Deno.test("a transcript is read from its end, and a broken last line is no harm"
     () => / \[guest1\] new$/.test(file.lines.at(-1)!),
     "the line",
   );
+});
+
+Deno.test("a line in the transcript that is too long for the history is left out", async () => {
+  const old = "2026-01-31T12:34:56.789Z [old] ";
+  using file = new TemporaryFile(
+    `${old}one\n${old}${"x".repeat(1_100_000)}\n${old}two\n`,
+  );
+  await using server = open({ log: file.path, history: 200 });
+  await using alice = await Guest.join(server.port);
+  assertEquals(await alice.next(), "[old] two");
 });
 
 Deno.test("no part of a line in the transcript passes for a line", async () => {
@@ -1980,6 +2029,7 @@ Deno.test("a command line that cannot be used is one line and status 2", async (
     ],
     ["--raw=no", "Option --raw takes no value"],
     ["-h=1", "Option --help takes no value"],
+    ["--raw true", "Unexpected argument true (every option begins with --)"],
     [
       "--host two\nlines",
       "Cannot use two lines for --host: give an address, such as 127.0.0.1 or ::",
@@ -2191,7 +2241,11 @@ Deno.test("options that cannot be used are refused to a program too", () => {
       [{ maxClients: 1.5 }, "Cannot use 1.5 for --max-clients"],
       [{ allow: ["nowhere"] }, "Cannot use nowhere for --allow"],
       [{ raw: true, askName: true }, "Cannot use --raw with --ask-name"],
-    ] satisfies [Partial<Options>, string][]
+      [{ host: null }, "Cannot use null for host: give a string"],
+      [{ allow: "10.0.0.0/8" }, "Cannot use 10.0.0.0/8 for allow: give a list"],
+      [{ raw: "false" }, "Cannot use false for raw: give a boolean"],
+      [{ pasword: "x" }, "Unknown option pasword"],
+    ] as [Partial<Options>, string][] // as a program in JavaScript may
   ) assertThrows(() => ChatServer.listen(options), UsageError, message);
 });
 
@@ -2211,17 +2265,48 @@ Deno.test("an error of the program that listens is its own", async () => {
   };
   addEventListener("error", caught);
   try {
-    const mine = new Error("mine");
+    const mine = new Error("mine"), yours = new Error("yours");
     await using server = ChatServer.listen({ host: "127.0.0.1", port: 0 }, {
       print() {
         throw mine;
       },
     });
-    await using _alice = await Guest.join(server.addr.port);
-    assertEquals(errors, [mine]);
+    await server.operate(ReadableStream.from([]), () => {
+      throw yours;
+    });
+    await using alice = await Guest.join(server.addr.port);
+    await alice.settle();
+    assertEquals(errors, [mine, yours]);
   } finally {
     removeEventListener("error", caught);
   }
+});
+
+Deno.test("a door that fails costs its own place only", async () => {
+  await using server = open();
+  const fails = (): never => {
+    throw new Error("it is gone");
+  };
+  const remote = { hostname: "192.0.2.1", port: 1 };
+  const never = () => new Promise<never>(() => {});
+  server.admit({ read: never, write: fails, close: fails }, remote);
+  const read = () => Promise.reject(new Error("it is gone"));
+  server.admit({ read, write: never, close: fails }, remote);
+  await using alice = await Guest.join(server.port, "alice");
+  await alice.settle();
+});
+
+Deno.test("an operator who comes after the end does not hold it up", async () => {
+  const server = open();
+  server.admit({
+    read: () => new Promise(() => {}),
+    write: () => new Promise(() => {}),
+    close() {},
+  }, { hostname: "192.0.2.1", port: 1 });
+  const stopped = server.stop();
+  await new Promise((resolve) => setTimeout(resolve));
+  await server.operate(ReadableStream.from(["hello"]), () => {});
+  await within(stopped, "the end");
 });
 
 Deno.test("a room that was empty once stops like any other", async () => {
@@ -2796,7 +2881,7 @@ class Model {
         const refusal = this.#refusal(person, wanted);
         if (refusal) return `! ${refusal} Choose one with /nick NAME.`;
         if (wanted === name) return `! You are ${name} already.`;
-        tell(this.#hearers(person), `* ${name} is now known as ${wanted}`);
+        tell(this.people, `* ${name} is now known as ${wanted}`);
         this.people = this.people.filter((other) => other !== person);
         this.people.push(person);
         person.name = wanted;
