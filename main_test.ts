@@ -135,6 +135,12 @@ class Guest extends Lines {
     await this.say("/settled?");
     await this.find(/^! There is no command \/settled\?/);
   }
+
+  /** Makes sure that nothing more has come. */
+  async heardAll(): Promise<void> {
+    await this.say("/settled?");
+    assertMatch((await this.next())!, /^! There is no command \/settled\?/);
+  }
 }
 
 /** A room in this process. */
@@ -1213,14 +1219,14 @@ Deno.test("nothing is seen or heard before the password is given", async () => {
     if (i < 2) assertEquals(await mallory.next(), ASKED);
   }
   assertEquals(await mallory.next(), null);
-  await alice.settle(); // and has heard nothing of it
+  await alice.heardAll();
 
   await using bob = await Guest.connect(server.port);
   await bob.say("open sesame", "thanks"); // at once, as a script does
   assertEquals(await alice.next(), "* guest2 has entered the room");
   assertEquals(await alice.next(), "[guest2] thanks");
   await bob.find(/^\[guest1\] a secret$/);
-  await bob.settle();
+  await bob.heardAll();
   assert(!printed.join().includes("sesame"));
   assertMatch(printed[3], /\(no password, 1 here\)$/);
 });
@@ -1564,7 +1570,7 @@ Deno.test("without --console standard input is left alone", async () => {
   await using alice = await Guest.join(program.port);
   await program.type("hello", "/quit");
   await program.typeEnd();
-  await alice.settle();
+  await alice.heardAll();
 });
 
 // -- what is kept
@@ -1598,7 +1604,7 @@ Deno.test("what is said is in the transcript, and is the next room's history", a
 
   await using third = open({ ...options, history: 0 });
   await using dave = await Guest.join(third.port);
-  await dave.settle(); // and has heard nothing before
+  await dave.heardAll();
 });
 
 Deno.test("a transcript is read from its end, and a broken last line is no harm", async () => {
@@ -1647,7 +1653,7 @@ Deno.test("no part of a line in the transcript passes for a line", async () => {
     );
     await using server = open({ log: file.path, history: 1 });
     await using alice = await Guest.join(server.port);
-    await alice.settle(); // and has heard nothing before
+    await alice.heardAll();
   }
 });
 
@@ -2297,12 +2303,14 @@ Deno.test("a door that fails costs its own place only", async () => {
 });
 
 Deno.test("an operator who comes after the end does not hold it up", async () => {
-  const server = open();
+  const printed: string[] = [];
+  const server = open({}, printed);
   server.admit({
     read: () => new Promise(() => {}),
     write: () => new Promise(() => {}),
     close() {},
   }, { hostname: "192.0.2.1", port: 1 });
+  await eventually(() => printed.length === 1, "the client");
   const stopped = server.stop();
   await new Promise((resolve) => setTimeout(resolve));
   await server.operate(ReadableStream.from(["hello"]), () => {});
