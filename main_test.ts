@@ -737,7 +737,7 @@ Deno.test("--ask-name is Protohackers' Budget Chat", async () => {
     assertMatch((await guest.next())!, /^! /);
     assertEquals(await guest.next(), null);
   }
-  await alice.settle();
+  await alice.heardAll();
 });
 
 // -- framing and cleaning
