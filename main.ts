@@ -279,7 +279,9 @@ export function parseOptions(args: string[]): CommandLine {
   const [stray] = [...given._ as string[], ...eaten ? [eaten] : []];
   if (stray !== undefined) {
     throw new UsageError(
-      `Unexpected argument ${stray || '""'} (every option begins with --)`,
+      `Unexpected argument ${
+        stray === "" ? '""' : stray
+      } (every option begins with --)`,
     );
   }
 
@@ -505,7 +507,7 @@ function nameKey(name: string): string {
 function isReserved(name: string): boolean {
   const plain = nameKey(name).normalize("NFD").replace(/\p{M}/gu, "");
   // The Greek upsilon is like a y in capitals.
-  return [plain, plain.replaceAll("υ", "y")].some((it) => {
+  return [plain, plain.replace(/^υ/, "y")].some((it) => {
     for (const [like, letter] of LOOKALIKES) it = it.replaceAll(like, letter);
     return RESERVED_NAMES.has(it);
   });
@@ -1435,7 +1437,7 @@ class Room {
 const LEAST_READ_BYTES = 256, MOST_READ_BYTES = 65_536;
 
 /** The most that waits for one who is paced, as what was read has to wait here,
- * or who has said all for now, lest one who was busy once cost more for ever. */
+ * or who has said all for now, lest one who was busy once cost more ever after. */
 const RESTING_READ_BYTES = 2_048;
 
 /** How many seconds' worth of lines a client has in hand at the start. */
@@ -1559,7 +1561,11 @@ class Client extends Reader {
 
   /** Reads on until the end. */
   read(): void {
-    this.connection.read(this.#buffer).then(this.#received, this.#readFailed);
+    try {
+      this.connection.read(this.#buffer).then(this.#received, this.#readFailed);
+    } catch {
+      this.#readFailed();
+    }
   }
 
   #received = (count: number | null): void => {
@@ -1765,16 +1771,20 @@ class Client extends Reader {
   protected finished(): void {
     if (this.#finished) return;
     this.#finished = true;
-    if (!this.connection.closeWrite) return this.#close();
-    // To close with something unread would reset the connection, and what was
-    // sent last could be lost on the way: end this side, and await the other.
-    this.connection.closeWrite().then(
-      () => {
-        this.#endWritten = true;
-        if (this.#ended || this.room.closed) this.#close();
-      },
-      () => this.#close(),
-    );
+    this.#endWrite();
+  }
+
+  async #endWrite(): Promise<void> {
+    const { connection } = this;
+    if (!connection.closeWrite) return this.#close();
+    try {
+      // To close with something unread would reset the connection, and what was
+      // sent last could be lost on the way: end this side, and await the other.
+      await connection.closeWrite();
+      this.#endWritten = true;
+      if (!this.#ended && !this.room.closed) return;
+    } catch { /* it is gone */ }
+    this.#close();
   }
 
   #close(): void {
@@ -2519,7 +2529,7 @@ export class ChatServer implements AsyncDisposable {
    * Stops the server: nobody is let in any more, everyone is told
    * `Shutdown Server`, has a second to take what is due, and is disconnected.
    *
-   * @returns a promise that resolves when every connection is closed
+   * @returns a promise that resolves when everyone is disconnected
    *
    * @example
    * ```ts
@@ -2657,7 +2667,7 @@ export class ChatServer implements AsyncDisposable {
     const address = plainAddress(remote.hostname);
     const fromHere = this.#addresses.get(address) ?? 0;
     if (this.#room.closed || !this.#gate.admits(address)) {
-      return connection.close();
+      return tryClose(connection);
     }
     if (this.#here >= maxClients) {
       refuse(connection, "The room is full. Try again later.");
@@ -2820,20 +2830,23 @@ function guard(report?: (line: string) => void): (line: string) => void {
 /** Tells a newcomer why it cannot come in. */
 async function refuse(connection: Connection, why: string): Promise<void> {
   // As TLS may never begin, and the other side may never end.
-  const late = setTimeout(() => connection.close(), LINGER_MILLISECONDS);
+  const late = setTimeout(() => tryClose(connection), LINGER_MILLISECONDS);
   try {
     let bytes = encoder.encode(`! ${why}\n`);
     while (bytes.length) bytes = bytes.subarray(await connection.write(bytes));
-    // To close with something unread would reset the connection.
-    await connection.closeWrite?.();
-    const unread = new Uint8Array(LEAST_READ_BYTES);
-    while (connection.closeWrite && await connection.read(unread) !== null);
-    connection.close();
-  } catch {
-    /* it is gone, or late */
-  } finally {
-    clearTimeout(late);
-  }
+    if (connection.closeWrite) {
+      // To close with something unread would reset the connection.
+      await connection.closeWrite();
+      const unread = new Uint8Array(LEAST_READ_BYTES);
+      while (await connection.read(unread) !== null) {
+        await new Promise((resolve) =>
+          setTimeout(resolve, DISCARD_MILLISECONDS)
+        );
+      }
+    }
+  } catch { /* it is gone, or late */ }
+  clearTimeout(late);
+  tryClose(connection);
 }
 
 /** Why the room cannot be opened, and what to do. */

@@ -558,6 +558,7 @@ Deno.test("what cannot be done is answered to its sender alone", async () => {
     ["/nick \u029cost", /^! The name .ost is reserved/], // a small capital
     ["/nick \u0397\u043est", /^! The name .+st is reserved/], // Greek Eta
     ["/nick \u03a5\u039fU", /^! The name .+ is reserved/], // capital upsilon
+    ["/nick \u03a5\u03bf\u03c5", /^! The name .+ is reserved/],
     ["/nick h\u0301ost", /^! The name .+ost is reserved/],
     ["/nick ]", /^! A name is 1 to 24 letters/],
     ["/nick", /^! Type \/nick NAME\.$/],
@@ -1044,6 +1045,18 @@ Deno.test("one more than --max-clients is told that the room is full", async () 
   await bob.say("/quit");
   await alice.find(/guest2 has left/);
   await using _dave = await Guest.join(server.port);
+});
+
+Deno.test("who is refused but has gone already is closed", async () => {
+  await using server = open({ maxClients: 1 });
+  await using _alice = await Guest.join(server.port);
+  const gone = () => Promise.reject(new Deno.errors.ConnectionReset());
+  const closed = Promise.withResolvers<void>();
+  server.admit(
+    { read: gone, write: gone, close: () => closed.resolve() },
+    { hostname: "192.0.2.1", port: 1 },
+  );
+  await within(closed.promise, "the close");
 });
 
 Deno.test("one more than --max-per-address is told so", async () => {
@@ -2058,6 +2071,7 @@ Deno.test("a command line that cannot be used is one line and status 2", async (
     ],
     ["--tls-key k.pem", "Cannot use --tls-key alone: give --tls-cert FILE too"],
     ["8008", "Unexpected argument 8008 (every option begins with --)"],
+    ["0", "Unexpected argument 0 (every option begins with --)"],
   ];
   for (const [args, message] of cases) {
     await t.step(args, async () => {
@@ -2298,6 +2312,9 @@ Deno.test("a door that fails costs its own place only", async () => {
   server.admit({ read: never, write: fails, close: fails }, remote);
   const read = () => Promise.reject(new Error("it is gone"));
   server.admit({ read, write: never, close: fails }, remote);
+  const door = { write: never, close: fails, closeWrite: fails };
+  server.admit({ ...door, read: fails }, remote);
+  server.admit({ ...door, read: () => Promise.resolve(null) }, remote);
   await using alice = await Guest.join(server.port, "alice");
   await alice.settle();
 });
