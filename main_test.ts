@@ -1313,7 +1313,7 @@ Deno.test({
   async fn() {
     const printed: string[] = [];
     await using server = open(tls(), printed);
-    using silent = await Deno.connect({ port: server.port });
+    const silent = await Deno.connect({ port: server.port });
     await using plain = await Guest.connect(server.port);
     await plain.say("hello in plain text");
     assertEquals((await plain.rest()).join().includes("Welcome"), false);
@@ -1330,9 +1330,9 @@ Deno.test({
     await alice.find(/guest2 has entered/);
     await second.write(encoder.encode("over TLS\n"));
     assertEquals(await alice.next(), "[guest2] over TLS");
+    silent.close();
     await server.stop();
     assertEquals((await bob.rest()).at(-1), "* Shutdown Server");
-    assert(silent);
   },
 });
 
@@ -2466,12 +2466,12 @@ Deno.test("a clock that jumps neither holds anyone up nor lets anyone rush", asy
   const { now } = Date;
   try {
     // Of the first, 500 are in hand; the others have to be earned.
-    for (const [hours, lines] of [[-24, 550], [48, 50]]) {
+    for (const [hours, lines] of [[-24, 530], [48, 30]]) {
       Date.now = () => now() + hours * 3_600_000;
       const started = performance.now();
       await alice.say(...Array.from({ length: lines }, (_, i) => `line ${i}`));
       await bob.find(new RegExp(` \\[alice\\] line ${lines - 1}$`));
-      assert(performance.now() - started > 400, "they were paced");
+      assert(performance.now() - started > 250, "they were paced");
     }
   } finally {
     Date.now = now;
