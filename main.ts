@@ -46,7 +46,8 @@ const closestString: (word: string, possible: string[]) => string =
   closestStringUntyped;
 
 // ---------------------------------------------------------------------------
-// Options: what can be set, from the command line and by an embedding program.
+// Options: what can be set, from the command line and by an embedding program,
+// and how addresses are written.
 // ---------------------------------------------------------------------------
 
 /** What can be set of a room. The command line's options have the same names. */
@@ -129,6 +130,11 @@ export class OpenError extends Error {
 /** A text without line ends and what else a terminal does not show as it is. */
 function singleLine(text: string): string {
   return text.replace(/[\p{C}\p{Z}]+/gu, " ");
+}
+
+/** What an error says, in one line. */
+function reason(error: unknown): string {
+  return singleLine(error instanceof Error ? error.message : String(error));
 }
 
 const DEFAULTS: Options = {
@@ -273,9 +279,10 @@ export function parseOptions(args: string[]): CommandLine {
       );
     },
   });
+  // parseArgs takes these words for the value of a flag that has none.
   const eaten = tied.find((arg, i) =>
     /^(true|false)$/.test(arg) && i > 0 && !takesValue.has(tied[i - 1])
-  ); // parseArgs takes it for the value of a flag that has none
+  );
   const [stray] = [...given._ as string[], ...eaten ? [eaten] : []];
   if (stray !== undefined) {
     throw new UsageError(
@@ -322,8 +329,11 @@ function checkOptions(options: Partial<Record<keyof Options, unknown>>): void {
     const standard: unknown = DEFAULTS[key as keyof Options];
     if (standard === undefined) throw new UsageError(`Unknown option ${key}`);
     const kind = (it: unknown) => Array.isArray(it) ? "list" : typeof it;
-    const wanted = kind(standard); // of a number, the range says more
-    if (![wanted, "undefined"].includes(kind(value)) && wanted !== "number") {
+    const wanted = kind(standard);
+    // What is wrong with a number, its range says below.
+    const usable = value === undefined || wanted === "number" ||
+      kind(value) === wanted;
+    if (!usable) {
       throw new UsageError(`Cannot use ${value} for ${key}: give a ${wanted}`);
     }
   }
@@ -372,14 +382,50 @@ function checkOptions(options: Partial<Record<keyof Options, unknown>>): void {
   }
 }
 
+/** An address without the IPv4-mapped form (RFC 4291, 2.5.5.2). */
+function plainAddress(address: string): string {
+  return address.replace(/^::ffff:(?=\d+\.)/i, "");
+}
+
+/** The one spelling of an address that the system uses (RFC 5952), or `null`. */
+function canonicalAddress(text: string): string | null {
+  const isIPv6 = /^[\da-f:.]*:[\da-f:.]*$/i.test(text);
+  // Without leading zeros, which some take for octal (RFC 6943, 3.1.1).
+  const isIPv4 = /^(?:0|[1-9]\d{0,2})(?:\.(?:0|[1-9]\d{0,2})){3}$/.test(text);
+  if (!isIPv6 && !isIPv4) return null;
+  const host = URL.parse(`http://${isIPv6 ? `[${text}]` : text}/`)?.hostname;
+  if (host === undefined || isIPv4) return host ?? null;
+  const address = host.slice(1, -1);
+  const mapped = /^::ffff:([\da-f]+):([\da-f]+)$/.exec(address);
+  if (mapped === null) return address;
+  const [high, low] = mapped.slice(1).map((group) => parseInt(group, 16));
+  return [high >> 8, high & 255, low >> 8, low & 255].join(".");
+}
+
+/** Reads a network in CIDR notation (RFC 4632), or a single address. */
+function parseNetwork(
+  text: string,
+): { address: string; prefix: number } | null {
+  const [, host, bits] = /^([^/]+)(?:\/(\d{1,3}))?$/.exec(text) ?? [];
+  const address = canonicalAddress(host ?? "");
+  if (address === null) return null;
+  const length = address.includes(":") ? 128 : 32;
+  // An IPv4 address may have been written in its mapped form, of 128 bits.
+  const skipped = length === 32 && host.includes(":") ? 96 : 0;
+  const prefix = bits === undefined ? length : Number(bits) - skipped;
+  return prefix >= 0 && prefix <= length ? { address, prefix } : null;
+}
+
+function formatAddress(address: string, port: number): string {
+  return address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`;
+}
+
 // ---------------------------------------------------------------------------
 // Text: what bytes become lines, what of a line may pass, what is a name.
 // ---------------------------------------------------------------------------
 
 /** The longest line, in bytes; a longer one is passed on in pieces of this. */
 const LINE_BYTES = 4_096;
-
-const LOOPBACK = "127.0.0.1";
 
 const NUL = 0, LF = 10, CR = 13, SLASH = 47;
 
@@ -459,17 +505,21 @@ const HOST = "host", RESERVED_NAMES = new Set([HOST, "you", "server"]);
 
 /** What looks like a letter of those names: Cyrillic, Greek, Armenian, small
  * capitals, digits. */
-const LOOKALIKES = Object.entries({
-  e: "еᴇє3",
-  h: "һнʜհηħ",
-  o: "оοօᴏ0",
-  r: "гʀ",
-  s: "ѕꜱ5",
-  t: "тτᴛ",
-  u: "υսᴜ",
-  v: "ѵνᴠ",
-  y: "уүʏγ",
-}).flatMap(([letter, likes]) => [...likes].map((like) => [like, letter]));
+const LOOKALIKES = new Map(
+  Object.entries({
+    e: "еᴇє3",
+    h: "һнʜհηħ",
+    o: "оοօᴏ0",
+    r: "гʀ",
+    s: "ѕꜱ5",
+    t: "тτᴛ",
+    u: "υսᴜ",
+    v: "ѵνᴠ",
+    y: "уүʏγ",
+  }).flatMap(([letter, likes]) =>
+    Array.from(likes, (like) => [like, letter] as const)
+  ),
+);
 
 const NAME_RULE = "A name is 1 to 24 letters, digits, _ or -.";
 
@@ -507,54 +557,11 @@ function nameKey(name: string): string {
 function isReserved(name: string): boolean {
   const plain = nameKey(name).normalize("NFD").replace(/\p{M}/gu, "");
   // The Greek upsilon is like a y in capitals.
-  return [plain, plain.replace(/^υ/, "y")].some((it) => {
-    for (const [like, letter] of LOOKALIKES) it = it.replaceAll(like, letter);
-    return RESERVED_NAMES.has(it);
-  });
-}
-
-/** An address without the IPv4-mapped form (RFC 4291, 2.5.5.2). */
-function plainAddress(address: string): string {
-  return address.replace(/^::ffff:(?=\d+\.)/i, "");
-}
-
-/** The one spelling of an address that the system uses (RFC 5952), or `null`. */
-function canonicalAddress(text: string): string | null {
-  const isIPv6 = /^[\da-f:.]*:[\da-f:.]*$/i.test(text);
-  // Without leading zeros, which some take for octal (RFC 6943, 3.1.1).
-  const isIPv4 = /^(?:0|[1-9]\d{0,2})(?:\.(?:0|[1-9]\d{0,2})){3}$/.test(text);
-  if (!isIPv6 && !isIPv4) return null;
-  const host = URL.parse(`http://${isIPv6 ? `[${text}]` : text}/`)?.hostname;
-  if (host === undefined || isIPv4) return host ?? null;
-  const address = host.slice(1, -1);
-  const mapped = /^::ffff:([\da-f]+):([\da-f]+)$/.exec(address);
-  if (mapped === null) return address;
-  const [high, low] = mapped.slice(1).map((group) => parseInt(group, 16));
-  return [high >> 8, high & 255, low >> 8, low & 255].join(".");
-}
-
-/** Reads a network in CIDR notation (RFC 4632), or a single address. */
-function parseNetwork(
-  text: string,
-): { address: string; prefix: number } | null {
-  const [, host, bits] = /^([^/]+)(?:\/(\d{1,3}))?$/.exec(text) ?? [];
-  const address = canonicalAddress(host ?? "");
-  if (address === null) return null;
-  const length = address.includes(":") ? 128 : 32;
-  // An IPv4 address may have been written in its mapped form, of 128 bits.
-  const skipped = length === 32 && host.includes(":") ? 96 : 0;
-  const prefix = bits === undefined ? length : Number(bits) - skipped;
-  return prefix >= 0 && prefix <= length ? { address, prefix } : null;
-}
-
-function formatAddress(address: string, port: number): string {
-  return address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`;
-}
-
-/** What an error says, in one line. */
-function reason(error: unknown): string {
-  return (error instanceof Error ? error.message : String(error))
-    .replace(/\s+/g, " ");
+  return [plain, plain.replace(/^υ/, "y")].some((it) =>
+    RESERVED_NAMES.has(
+      Array.from(it, (letter) => LOOKALIKES.get(letter) ?? letter).join(""),
+    )
+  );
 }
 
 function concatenate(parts: Uint8Array[]): Uint8Array<ArrayBuffer> {
@@ -567,6 +574,18 @@ function concatenate(parts: Uint8Array[]): Uint8Array<ArrayBuffer> {
     offset += part.length;
   }
   return whole;
+}
+
+/** Writes all of `bytes`, of which a write may take only some. */
+async function writeAll(
+  to: { write(bytes: Uint8Array): Promise<number> },
+  bytes: Uint8Array,
+): Promise<void> {
+  while (bytes.length) bytes = bytes.subarray(await to.write(bytes));
+}
+
+function delay(milliseconds: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
 
 /**
@@ -631,9 +650,8 @@ class LineSplitter {
           } else if (byte >= WILL) {
             this.#verb = byte;
             this.#telnet = Telnet.Option;
-          } else {this.#telnet = byte === SB
-              ? Telnet.Subnegotiation
-              : Telnet.Text;}
+          } else if (byte === SB) this.#telnet = Telnet.Subnegotiation;
+          else this.#telnet = Telnet.Text;
           break;
         case Telnet.Option:
           if (this.#verb === DO) reply.push(IAC, WONT, byte);
@@ -846,10 +864,6 @@ class Segment {
     return { bytes, end: index };
   }
 
-  lastEntry(): Uint8Array {
-    return this.entry(this.entries.length - 1);
-  }
-
   /** The bytes of one entry. */
   entry(index: number): Uint8Array {
     return this.#stretch(index, index + 1).bytes;
@@ -1056,8 +1070,10 @@ class History {
   /** @param most how many lines it keeps */
   constructor(readonly most: number) {}
 
-  /** Adds `lines` lines. `bytes` stays as it is, and keeps nothing else alive. */
-  add(bytes: Uint8Array, lines: number): void {
+  /** Adds whole lines. `bytes` stays as it is, and keeps nothing else alive. */
+  add(bytes: Uint8Array): void {
+    let lines = 0;
+    for (let end = 0; (end = bytes.indexOf(LF, end) + 1) > 0;) lines++;
     this.#parts.push({ bytes, lines });
     this.#lines += lines;
     this.#length += bytes.length;
@@ -1149,6 +1165,7 @@ class Room {
   #comings = new Comings();
   #crowdTimer: Timer | undefined;
   #time = { minute: 0, text: "" };
+  readonly #emptied = Promise.withResolvers<void>();
 
   /** Whether the last line has been said. */
   closed = false;
@@ -1236,6 +1253,18 @@ class Room {
     }
   }
 
+  /** Forgets `reader`, who is disconnected. */
+  forget(reader: Reader): void {
+    this.readers.delete(reader);
+    this.quiet.delete(reader);
+    if (this.closed && this.readers.size === 0) this.#emptied.resolve();
+  }
+
+  /** Resolves when everyone is disconnected, after {@linkcode Room.close}. */
+  async emptied(): Promise<void> {
+    if (this.readers.size > 0) await this.#emptied.promise;
+  }
+
   #forgetName(reader: Reader): boolean {
     this.#listed = null;
     return this.people.delete(nameKey(reader.name));
@@ -1250,17 +1279,15 @@ class Room {
     prefix: string = this.prefix(from),
   ): void {
     const start = this.stamp() + prefix;
-    let text = "", count = 0;
+    let text = "";
     for (const line of lines) {
       text += start + line + "\n";
-      count++;
       if (text.length > ENTRY_CHARACTERS) {
-        this.#append(text, Kind.Said, from, undefined, count);
+        this.#append(text, Kind.Said, from);
         text = "";
-        count = 0;
       }
     }
-    if (text) this.#append(text, Kind.Said, from, undefined, count);
+    if (text) this.#append(text, Kind.Said, from);
   }
 
   /** What stands before a line that `from` says. */
@@ -1271,7 +1298,7 @@ class Room {
   /** Begins with lines that were said before, each with the time of it. */
   restoreHistory(lines: { time: Date; line: string }[]): void {
     for (const { time, line } of lines) {
-      this.#history?.add(encoder.encode(`${this.stamp(time)}${line}\n`), 1);
+      this.#history?.add(encoder.encode(`${this.stamp(time)}${line}\n`));
     }
   }
 
@@ -1351,7 +1378,6 @@ class Room {
     kind: Kind,
     from?: Reader,
     to?: Reader,
-    saidLines = 0,
   ): void {
     const entry = {
       end: 0,
@@ -1377,8 +1403,8 @@ class Room {
       for (const reader of this.quiet) reader.markSpecial(number);
     }
 
-    if (saidLines > 0 && this.#history !== null) {
-      this.#history.add(this.#tail.lastEntry().slice(), saidLines);
+    if (kind === Kind.Said && this.#history !== null) {
+      this.#history.add(this.#tail.entry(number - this.#tail.first).slice());
     }
     this.countInput(added);
     this.#flushSoon(kind === Kind.Said ? from : undefined);
@@ -1478,9 +1504,10 @@ interface ClientEvents {
   command(client: Client, line: string): void;
   /** It has left the room. */
   left(client: Client, reason: string): void;
-  /** Its connection is closed. */
-  closed(client: Client): void;
 }
+
+/** For one who is never let in: nobody hears of its leaving. */
+const UNHEARD: ClientEvents = { command() {}, left() {} };
 
 /** Closes what may be closed already. */
 function tryClose(connection: { close(): void }): void {
@@ -1682,9 +1709,7 @@ class Client extends Reader {
       this.#nextHeld++;
       this.#tokens--;
       if (this.asker !== null) this.asker(first);
-      else if (first.charCodeAt(1) === SLASH) {
-        this.room.say(this, [first.slice(1)]);
-      } else this.events.command(this, first);
+      else this.events.command(this, first);
       return;
     }
     const allowed = rate === 0 ? Infinity : Math.floor(this.#tokens);
@@ -1797,7 +1822,7 @@ class Client extends Reader {
     this.#held = NO_LINES;
     this.#splitter = this.ignored = null;
     tryClose(this.connection);
-    this.events.closed(this);
+    this.room.forget(this);
   }
 }
 
@@ -1826,6 +1851,9 @@ function obey<Actor extends Reader>(
   actor: Actor,
   line: string,
 ): void {
+  if (line.charCodeAt(1) === SLASH) {
+    return actor.room.say(actor, [line.slice(1)]);
+  }
   const [name, rest] = firstWord(line.slice(1));
   const text = rest.trimEnd(); // not by the expression: that is quadratic
   const command = commands.find((it) => it.name === name.toLowerCase());
@@ -2048,6 +2076,8 @@ class Gate {
 // the client's socket is a TCP one, which closes when it is closed.
 // ---------------------------------------------------------------------------
 
+const LOOPBACK = "127.0.0.1";
+
 class TlsEngine {
   readonly #options: Deno.ListenTlsOptions & Deno.TlsCertifiedKeyPem;
 
@@ -2097,7 +2127,7 @@ class TlsConnection implements Connection {
     this.#outer = outer;
     this.#inner = engine.connect().then(([middle, inner]) => {
       this.#ends = [middle, inner];
-      if (this.#closed) this.close();
+      if (this.#closed) this.close(); // it was given up meanwhile
       this.#forward(outer, middle);
       this.#sent = this.#forward(middle, outer);
       return inner;
@@ -2112,8 +2142,7 @@ class TlsConnection implements Connection {
       // Not `from.readable`: at its end it closes the socket for writing too.
       const buffer = new Uint8Array(FORWARD_BYTES);
       for (let count; (count = await from.read(buffer)) !== null;) {
-        let bytes = buffer.subarray(0, count);
-        while (bytes.length) bytes = bytes.subarray(await to.write(bytes));
+        await writeAll(to, buffer.subarray(0, count));
       }
     } catch { /* it is gone: that is an end as well */ }
     await to.closeWrite().catch(() => {});
@@ -2165,7 +2194,6 @@ const TRANSCRIPT_LINE = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (.+)$/;
 
 class Transcript extends Reader {
   readonly #file: Deno.FsFile;
-  readonly #events: { warn(line: string): void; closed(reader: Reader): void };
   /** It was said that lines are late or lost, and none has been written since. */
   #troubled = false;
   #retry: Timer | undefined;
@@ -2175,10 +2203,9 @@ class Transcript extends Reader {
   constructor(
     room: Room,
     readonly path: string,
-    events: { warn(line: string): void; closed(reader: Reader): void },
+    readonly warn: (line: string) => void,
   ) {
     super(room);
-    this.#events = events;
     this.#file = Deno.openSync(path, {
       read: true,
       append: true,
@@ -2252,7 +2279,7 @@ class Transcript extends Reader {
     clearTimeout(this.#retry);
     this.dropLog();
     this.close();
-    this.#events.closed(this);
+    this.room.forget(this);
   }
 
   /** Closes the file. */
@@ -2263,7 +2290,7 @@ class Transcript extends Reader {
   #warn(text: string): void {
     if (this.#troubled) return;
     this.#troubled = true;
-    this.#events.warn(`${text} (--log ${this.path}; the room goes on)`);
+    this.warn(`${text} (--log ${this.path}; the room goes on)`);
   }
 }
 
@@ -2290,7 +2317,6 @@ class Console extends Reader {
     readonly gate: Gate,
     readonly output: (line: string) => void,
     readonly stop: () => void,
-    readonly closed: (reader: Reader) => void,
   ) {
     super(room);
     this.name = HOST;
@@ -2303,9 +2329,7 @@ class Console extends Reader {
       const line of decodeLines(breakLongLines(encoder.encode(typed)))
     ) {
       if (line.charCodeAt(0) !== SLASH) this.room.say(this, [line]);
-      else if (line.charCodeAt(1) === SLASH) {
-        this.room.say(this, [line.slice(1)]);
-      } else obey(CONSOLE_COMMANDS, this, line);
+      else obey(CONSOLE_COMMANDS, this, line);
     }
   }
 
@@ -2331,7 +2355,7 @@ class Console extends Reader {
 
   protected finished(): void {
     this.dropLog();
-    this.closed(this);
+    this.room.forget(this);
   }
 }
 
@@ -2467,7 +2491,6 @@ export class ChatServer implements AsyncDisposable {
   #here = 0;
   readonly #accepting: Promise<void>;
   #stopped: Promise<void> | null = null;
-  #empty = Promise.withResolvers<void>();
   #lastAcceptReport = -Infinity;
 
   /** Use {@linkcode ChatServer.listen}. */
@@ -2571,7 +2594,6 @@ export class ChatServer implements AsyncDisposable {
       this.#gate,
       guard(print),
       () => this.stop(),
-      (reader) => this.#forget(reader),
     );
     this.#room.readers.add(seat);
     for await (const line of lines) seat.hear(line);
@@ -2587,7 +2609,7 @@ export class ChatServer implements AsyncDisposable {
     this.#room.close();
     this.#listener.close();
     for (const reader of this.#room.readers) reader.leave("");
-    if (this.#room.readers.size > 0) await this.#empty.promise;
+    await this.#room.emptied();
     await this.#accepting; // only then is the port free
   }
 
@@ -2617,9 +2639,7 @@ export class ChatServer implements AsyncDisposable {
           error instanceof Deno.errors.NotConnected
         ) continue; // that one has gone again
         this.#reportAccept(error);
-        await new Promise((resolve) =>
-          setTimeout(resolve, ACCEPT_RETRY_MILLISECONDS)
-        );
+        await delay(ACCEPT_RETRY_MILLISECONDS);
       }
     }
   }
@@ -2669,21 +2689,23 @@ export class ChatServer implements AsyncDisposable {
     if (this.#room.closed || !this.#gate.admits(address)) {
       return tryClose(connection);
     }
-    if (this.#here >= maxClients) {
-      refuse(connection, "The room is full. Try again later.");
-      return;
-    }
-    if (maxPerAddress > 0 && fromHere >= maxPerAddress) {
-      refuse(connection, "Too many here are from your address.");
-      return;
-    }
+    const refusal = this.#here >= maxClients
+      ? "The room is full. Try again later."
+      : maxPerAddress > 0 && fromHere >= maxPerAddress
+      ? "Too many here are from your address."
+      : null;
     const client = new Client(
       this.#room,
       connection,
       address,
       remote.port,
-      this.#events,
+      refusal === null ? this.#events : UNHEARD,
     );
+    if (refusal !== null) {
+      client.send(`! ${refusal}\n`);
+      client.leave("");
+      return client.read();
+    }
     this.#addresses.set(address, fromHere + 1);
     this.#here++;
     this.#room.readers.add(client);
@@ -2783,23 +2805,12 @@ export class ChatServer implements AsyncDisposable {
       else this.#addresses.delete(address);
       this.#report(`Connection closed by ${client.origin}`, name, reason);
     },
-    closed: (client) => this.#forget(client),
   };
-
-  #forget(reader: Reader): void {
-    this.#room.readers.delete(reader);
-    this.#room.quiet.delete(reader);
-    if (this.#room.closed && this.#room.readers.size === 0) {
-      this.#empty.resolve();
-    }
-  }
 
   #openTranscript(path: string): Transcript {
     try {
-      const transcript = new Transcript(this.#room, path, {
-        warn: (line) => this.#reports.warn(line),
-        closed: (reader) => this.#forget(reader),
-      });
+      const { warn } = this.#reports;
+      const transcript = new Transcript(this.#room, path, warn);
       this.#room.readers.add(transcript);
       transcript.joinLog();
       return transcript;
@@ -2825,28 +2836,6 @@ function guard(report?: (line: string) => void): (line: string) => void {
       reportError(error);
     }
   };
-}
-
-/** Tells a newcomer why it cannot come in. */
-async function refuse(connection: Connection, why: string): Promise<void> {
-  // As TLS may never begin, and the other side may never end.
-  const late = setTimeout(() => tryClose(connection), LINGER_MILLISECONDS);
-  try {
-    let bytes = encoder.encode(`! ${why}\n`);
-    while (bytes.length) bytes = bytes.subarray(await connection.write(bytes));
-    if (connection.closeWrite) {
-      // To close with something unread would reset the connection.
-      await connection.closeWrite();
-      const unread = new Uint8Array(LEAST_READ_BYTES);
-      while (await connection.read(unread) !== null) {
-        await new Promise((resolve) =>
-          setTimeout(resolve, DISCARD_MILLISECONDS)
-        );
-      }
-    }
-  } catch { /* it is gone, or late */ }
-  clearTimeout(late);
-  tryClose(connection);
 }
 
 /** Why the room cannot be opened, and what to do. */
@@ -2961,19 +2950,16 @@ class Printer {
 
   /** Resolves when all is written, or cannot be in that time. */
   async flush(milliseconds: number): Promise<void> {
-    const late = new Promise((resolve) => setTimeout(resolve, milliseconds));
-    await Promise.race([this.#written, late]);
+    await Promise.race([this.#written, delay(milliseconds)]);
   }
 
   async #write(): Promise<void> {
     try {
       while (this.#waiting) {
-        let bytes = encoder.encode(this.#waiting);
+        const bytes = encoder.encode(this.#waiting);
         this.#waiting = "";
-        while (bytes.length) {
-          bytes = bytes.subarray(await this.output.write(bytes));
-        }
-        await new Promise((resolve) => setTimeout(resolve, PRINT_MILLISECONDS));
+        await writeAll(this.output, bytes);
+        await delay(PRINT_MILLISECONDS);
         if (this.#missed) {
           this.#waiting += `(${this.#missed} lines not shown)\n`;
         }

@@ -264,6 +264,11 @@ function hurry(awaited: number): Disposable {
   };
 }
 
+/** Lets everything else that is ready run first. */
+function turn(): Promise<void> {
+  return new Promise((resolve) => setImmediate(resolve));
+}
+
 /** Whether this machine has a program, such as a client. */
 function installed(name: string): boolean {
   const { code } = new Deno.Command("bash", {
@@ -666,15 +671,21 @@ Deno.test("a crowd hears of comings and goings in one line a second", async () =
   for (const guest of crowd) await guest[Symbol.asyncDispose]();
 });
 
+/** Where those come from whose connections are in memory. */
+const ELSEWHERE = { hostname: "192.0.2.1", port: 1 };
+
+function never(): Promise<never> {
+  return new Promise(() => {});
+}
+
 /** Many who hear in memory, of whom some never take what they are written. */
 function admitCrowd(server: ChatServer, size: number, stalled = 0): void {
   for (let i = 0; i < size; i++) {
     server.admit({
-      read: () => new Promise(() => {}),
-      write: (bytes) =>
-        i < stalled ? new Promise(() => {}) : Promise.resolve(bytes.length),
+      read: never,
+      write: (bytes) => i < stalled ? never() : Promise.resolve(bytes.length),
       close() {},
-    }, { hostname: "192.0.2.1", port: i });
+    }, ELSEWHERE);
   }
 }
 
@@ -984,7 +995,7 @@ Deno.test("little memory waits for the next words of one who was busy", async ()
   const sizes: number[] = [], ended = Promise.withResolvers<void>();
   server.admit({
     async read(buffer) {
-      await new Promise((resolve) => setImmediate(resolve));
+      await turn();
       buffer.fill(10);
       switch (sizes.push(buffer.length)) {
         case 9: // the last of much
@@ -998,7 +1009,7 @@ Deno.test("little memory waits for the next words of one who was busy", async ()
     },
     write: (bytes) => Promise.resolve(bytes.length),
     close: () => ended.resolve(),
-  }, { hostname: "192.0.2.1", port: 1 });
+  }, ELSEWHERE);
   await within(ended.promise, "the end");
   assertEquals(sizes.slice(8), [65_536, 2_048, 256]);
 });
@@ -1054,7 +1065,7 @@ Deno.test("who is refused but has gone already is closed", async () => {
   const closed = Promise.withResolvers<void>();
   server.admit(
     { read: gone, write: gone, close: () => closed.resolve() },
-    { hostname: "192.0.2.1", port: 1 },
+    ELSEWHERE,
   );
   await within(closed.promise, "the close");
 });
@@ -1119,13 +1130,13 @@ Deno.test("who reads no answer to what is asked first is too slow as well", asyn
   const closed = Promise.withResolvers<void>();
   server.admit({
     async read(buffer) {
-      await new Promise((resolve) => setImmediate(resolve));
+      await turn();
       for (const i of buffer.keys()) buffer[i] = [IAC, DO, 1][i % 3];
       return buffer.length - buffer.length % 3;
     },
-    write: () => new Promise(() => {}),
+    write: never,
     close: () => closed.resolve(),
-  }, { hostname: "192.0.2.1", port: 1 });
+  }, ELSEWHERE);
   await within(closed.promise, "the end of it");
 });
 
@@ -1134,16 +1145,16 @@ Deno.test("who is thrown out on entering leaves no name behind", async () => {
   let reads = 0;
   server.admit({
     async read(buffer) {
-      await new Promise((resolve) => setImmediate(resolve));
+      await turn();
       const asks = new Array(64).fill([IAC, DO, 1]).flat();
       // As much as is kept for who does not take it; the next is too much.
       const bytes = reads++ < 342 ? asks : encoder.encode("ghost\n");
       buffer.set(bytes);
-      return reads < 345 ? bytes.length : await new Promise(() => {});
+      return reads < 345 ? bytes.length : await never();
     },
-    write: () => new Promise(() => {}),
+    write: never,
     close() {},
-  }, { hostname: "192.0.2.1", port: 1 });
+  }, ELSEWHERE);
   await eventually(() => reads > 342, "the name");
   await using alice = await Guest.connect(server.port);
   await alice.say("ghost");
@@ -2102,31 +2113,32 @@ Deno.test("a room that cannot be opened is one line and status 1", async (t) => 
       /^parley: Cannot listen on 127\.0\.0\.1:\d+: the port is in use \(choose another with --port\)\n$/,
     );
   });
-  await t.step(
-    "the address is not this machine's",
-    () =>
-      fails(
-        ["--host", "203.0.113.1"],
-        /^parley: Cannot listen on 203\.0\.113\.1:8008: .*--host/,
-      ),
-  );
-  await t.step(
-    "the address is none",
-    () =>
-      fails(
-        ["--host", "999.1.1.1"],
-        /^parley: Cannot listen on 999\.1\.1\.1:8008: .*--host/,
-      ),
-  );
-  await t.step(
-    "the network is not permitted",
-    () =>
-      fails(
-        [],
-        /^parley: Cannot listen on 0\.0\.0\.0:8008: .*--allow-net\)\n$/,
-        [],
-      ),
-  );
+  const cases: [
+    what: string,
+    args: string[],
+    RegExp,
+    permissions?: string[],
+  ][] = [
+    [
+      "the address is not this machine's",
+      ["--host", "203.0.113.1"],
+      /^parley: Cannot listen on 203\.0\.113\.1:8008: .*--host/,
+    ],
+    [
+      "the address is none",
+      ["--host", "999.1.1.1"],
+      /^parley: Cannot listen on 999\.1\.1\.1:8008: .*--host/,
+    ],
+    [
+      "the network is not permitted",
+      [],
+      /^parley: Cannot listen on 0\.0\.0\.0:8008: .*--allow-net\)\n$/,
+      [],
+    ],
+  ];
+  for (const [what, ...given] of cases) {
+    await t.step(what, () => fails(...given));
+  }
 });
 
 Deno.test("--help fits 80 columns and names every option and default", async () => {
@@ -2307,14 +2319,12 @@ Deno.test("a door that fails costs its own place only", async () => {
   const fails = (): never => {
     throw new Error("it is gone");
   };
-  const remote = { hostname: "192.0.2.1", port: 1 };
-  const never = () => new Promise<never>(() => {});
-  server.admit({ read: never, write: fails, close: fails }, remote);
+  server.admit({ read: never, write: fails, close: fails }, ELSEWHERE);
   const read = () => Promise.reject(new Error("it is gone"));
-  server.admit({ read, write: never, close: fails }, remote);
+  server.admit({ read, write: never, close: fails }, ELSEWHERE);
   const door = { write: never, close: fails, closeWrite: fails };
-  server.admit({ ...door, read: fails }, remote);
-  server.admit({ ...door, read: () => Promise.resolve(null) }, remote);
+  server.admit({ ...door, read: fails }, ELSEWHERE);
+  server.admit({ ...door, read: () => Promise.resolve(null) }, ELSEWHERE);
   await using alice = await Guest.join(server.port, "alice");
   await alice.settle();
 });
@@ -2323,10 +2333,10 @@ Deno.test("an operator who comes after the end does not hold it up", async () =>
   const printed: string[] = [];
   const server = open({}, printed);
   server.admit({
-    read: () => new Promise(() => {}),
-    write: () => new Promise(() => {}),
+    read: never,
+    write: never,
     close() {},
-  }, { hostname: "192.0.2.1", port: 1 });
+  }, ELSEWHERE);
   await eventually(() => printed.length === 1, "the client");
   const stopped = server.stop();
   await new Promise((resolve) => setTimeout(resolve));
@@ -2537,7 +2547,7 @@ class Seat implements Connection {
     if (count > 0) return Promise.resolve(count);
     if (this.sizes.length > 0) return Promise.resolve(null);
     this.#done.resolve();
-    return new Promise(() => {});
+    return never();
   }
 
   write(bytes: Uint8Array): Promise<number> {
@@ -2978,11 +2988,6 @@ class Model {
 function tell(who: Person | Person[], ...lines: string[]): void {
   const text = lines.map((line) => line + "\n").join("");
   for (const person of [who].flat()) person.due += text;
-}
-
-/** Lets everything else that is ready run first. */
-function turn(): Promise<void> {
-  return new Promise((resolve) => setImmediate(resolve));
 }
 
 /** A connection in memory, and as unreliable as one through a network. */
