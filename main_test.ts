@@ -702,6 +702,29 @@ Deno.test("a crowd hears how many of those who left were too slow", async () => 
   );
 });
 
+Deno.test("nobody is always the last to hear", async () => {
+  await using server = open({ raw: true, rate: 0 });
+  let heard = 0, last = Promise.withResolvers<number>();
+  for (let i = 0; i < 5; i++) {
+    server.admit({
+      read: never,
+      write(bytes) {
+        if (++heard % 5 === 0) last.resolve(i);
+        return Promise.resolve(bytes.length);
+      },
+      close() {},
+    }, ELSEWHERE);
+  }
+  await using alice = await Guest.connect(server.port);
+  const wereLast = new Set<number>();
+  for (let line = 0; line < 100; line++) {
+    last = Promise.withResolvers();
+    await alice.say("hi");
+    wereLast.add(await within(last.promise, "the line"));
+  }
+  assertEquals(wereLast.size, 5);
+});
+
 Deno.test("a thousand people can be ignored, and no more", async () => {
   await using server = open({ rate: 0 });
   admitCrowd(server, 1_001);
