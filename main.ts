@@ -252,11 +252,14 @@ export function parseOptions(args: string[]): CommandLine {
   const dashed = (name: string) => (name.length > 1 ? "--" : "-") + name;
   const takesValue = new Set(names(valued).map(dashed));
 
-  // parseArgs takes `--rate -3` for two options: tie the number to its option.
+  // parseArgs takes `--rate -3` for two options, and `--host ""` for none with a
+  // stray argument: tie such a value to its option.
   const tied: string[] = [];
   for (const arg of args) {
     const before = tied.at(-1);
-    if (/^-\d/.test(arg) && before !== undefined && takesValue.has(before)) {
+    if (
+      /^(-\d|$)/.test(arg) && before !== undefined && takesValue.has(before)
+    ) {
       tied[tied.length - 1] = `${before}=${arg}`;
     } else tied.push(arg);
   }
