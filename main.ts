@@ -610,7 +610,7 @@ class LineSplitter {
    * empty ones. They may lie in `chunk`: use them before it is overwritten. */
   push(chunk: Uint8Array): Uint8Array {
     // What most people type passes through as the bytes it came in: decoded and
-    // encoded again, a line between two people took 2 % more time.
+    // encoded again, a line between two people took 3 % more time.
     const plain = this.#telnet === Telnet.Text && isPlain(chunk);
     let bytes = plain ? chunk : this.#withoutTelnet(chunk);
     if (this.#partial.length) bytes = concatenate([this.#partial, bytes]);
@@ -718,7 +718,7 @@ function characterStart(bytes: Uint8Array, offset: number): number {
  * and TAB, in lines of which none is empty. */
 function isPlain(chunk: Uint8Array): boolean {
   let before = LF;
-  for (let i = 0; i < chunk.length; i++) { // with `for of` it takes 4.5 times as long
+  for (let i = 0; i < chunk.length; i++) { // `for of` takes 4.5 times as long
     const byte = chunk[i], printable = byte >= SPACE && byte <= TILDE;
     if (!printable && byte !== TAB && (byte !== LF || before === LF)) {
       return false;
