@@ -743,6 +743,17 @@ Deno.test("thousands of things done, one by one, arrive in order", async () => {
   for (const deed of deeds) assertEquals(await bob.next(), `** alice ${deed}`);
 });
 
+Deno.test("thousands of short lines by a long name arrive whole, in order", async () => {
+  await using server = open({ rate: 0 });
+  const name = "𐐷".repeat(24); // the most letters, of the most bytes
+  await using alice = await Guest.join(server.port, name);
+  await using bob = await Guest.join(server.port);
+  const lines = Array.from({ length: 5_000 }, (_, i) => String(i));
+  const said = alice.say(...lines);
+  for (const line of lines) assertEquals(await bob.next(), `[${name}] ${line}`);
+  await said;
+});
+
 Deno.test("--ask-name is Protohackers' Budget Chat", async () => {
   await using server = open({ askName: true, history: 20 });
   await using alice = await Guest.connect(server.port);
