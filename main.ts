@@ -36,12 +36,10 @@ import config from "./deno.json" with { type: "json" };
 // The npm build of @std has no types: these are the ones used here.
 const parseArgs: (args: string[], options: {
   string: string[];
-  boolean: string[];
   collect: string[];
   alias: Record<string, string>;
   unknown: (arg: string) => boolean;
-}) => Record<string, string | string[] | boolean | undefined> =
-  parseArgsUntyped;
+}) => Record<string, string | string[] | undefined> = parseArgsUntyped;
 const closestString: (word: string, possible: string[]) => string =
   closestStringUntyped;
 
@@ -135,292 +133,6 @@ function singleLine(text: string): string {
 /** What an error says, in one line. */
 function reason(error: unknown): string {
   return singleLine(error instanceof Error ? error.message : String(error));
-}
-
-const DEFAULTS: Options = {
-  host: "0.0.0.0",
-  port: 8008,
-  raw: false,
-  askName: false,
-  timestamps: false,
-  history: 20,
-  rate: 20,
-  maxClients: 10_000,
-  maxPerAddress: 0,
-  allow: [],
-  passwordFile: "",
-  tlsCert: "",
-  tlsKey: "",
-  log: "",
-  quiet: false,
-};
-
-interface Flag {
-  name: string;
-  short?: string;
-  /** What stands for its value in the help; a flag without one is on or off. */
-  value?: string;
-  /** The option that it sets; a flag without one is read by name. */
-  key?: keyof Options;
-  /** The range of a number, both ends included. */
-  range?: [from: number, to: number];
-  /** Whether it can be given more than once. */
-  repeatable?: boolean;
-  help: string;
-}
-
-// The command line is read by this table and --help is printed from it.
-// deno-fmt-ignore: a line each
-const FLAGS: Flag[] = [
-  { name: "host", key: "host", value: "ADDRESS",
-    help: "address to listen on, :: for IPv4 and IPv6" },
-  { name: "port", short: "p", key: "port", value: "PORT", range: [0, 65_535],
-    help: "port to listen on, 0 picks a free one" },
-  { name: "raw", key: "raw",
-    help: "relay lines as they are: no names, no commands" },
-  { name: "ask-name", key: "askName",
-    help: "ask each newcomer for a name first" },
-  { name: "timestamps", key: "timestamps",
-    help: "put the time, 12:34, before each line said" },
-  { name: "history", key: "history", value: "LINES", range: [0, 10_000],
-    help: "said lines for a newcomer, 0 with --ask-name" },
-  { name: "rate", key: "rate", value: "LINES", range: [0, 1_000_000],
-    help: "lines a second for each client, 0 is no limit" },
-  { name: "max-clients", key: "maxClients", value: "N", range: [1, 1_000_000],
-    help: "how many may be here at once" },
-  { name: "max-per-address", key: "maxPerAddress", value: "N",
-    range: [0, 1_000_000], help: "the same for one address, 0 is no limit" },
-  { name: "allow", key: "allow", value: "CIDR", repeatable: true,
-    help: "admit only these, such as 10.0.0.0/8 (all)" },
-  { name: "password-file", key: "passwordFile", value: "FILE",
-    help: "ask for the password in it first (none)" },
-  { name: "tls-cert", key: "tlsCert", value: "FILE",
-    help: "speak TLS with this certificate chain (none)" },
-  { name: "tls-key", key: "tlsKey", value: "FILE",
-    help: "and this private key (none)" },
-  { name: "log", key: "log", value: "FILE",
-    help: "append what is said, take the history from it (none)" },
-  { name: "console",
-    help: "speak as host on standard input, and hear the room" },
-  { name: "quiet", key: "quiet", help: "do not print comings and goings" },
-  { name: "help", short: "h", help: "print this and leave" },
-  { name: "version", short: "V", help: "print the version and leave" },
-];
-
-/** The text of `--help`: at most 80 columns, with every default. */
-function helpText(): string {
-  const { standalone } = Deno.build; // a binary from `deno compile`
-  const program = standalone ? "parley" : "deno run --allow-net main.ts";
-  const rows = FLAGS.map(({ name, short, value, key, help }) => {
-    const flag = `${short ? `-${short}, ` : "    "}--${name} ${value ?? ""}`;
-    const standard = key && String(DEFAULTS[key]);
-    const what = value && standard ? `${help} (${standard})` : help;
-    return `  ${flag.padEnd(26)}${what}`;
-  });
-  return `\
-Parley: a chat room for netcat.
-
-Usage: ${program} [OPTIONS]
-Join:  nc localhost ${DEFAULTS.port}    (then /help)
-
-Options (with their defaults):
-${rows.join("\n")}
-`;
-}
-
-/**
- * Reads a command line.
- *
- * @param args the arguments after the program's name, as in `Deno.args`
- * @returns what was given, with the right types
- * @throws {UsageError} if an argument is unknown, lacks its value, or has one
- * that cannot be used; the message says what to do instead
- *
- * @example
- * ```ts
- * import { assertEquals } from "@std/assert";
- * import { parseOptions } from "./main.ts";
- *
- * const { options } = parseOptions(["-p", "9000", "--ask-name"]);
- * assertEquals(options, { port: 9000, askName: true });
- * ```
- */
-export function parseOptions(args: string[]): CommandLine {
-  const valued = FLAGS.filter((flag) => flag.value);
-  const names = (flags: Flag[]) =>
-    flags.flatMap(({ name, short }) => [name, ...short ? [short] : []]);
-  const dashed = (name: string) => (name.length > 1 ? "--" : "-") + name;
-  const takesValue = new Set(names(valued).map(dashed));
-
-  // parseArgs takes `--rate -3` for two options, and `--host ""` for none with a
-  // stray argument: tie such a value to its option.
-  const tied: string[] = [];
-  for (const arg of args) {
-    const before = tied.at(-1);
-    if (
-      /^(-\d|$)/.test(arg) && before !== undefined && takesValue.has(before)
-    ) {
-      tied[tied.length - 1] = `${before}=${arg}`;
-    } else tied.push(arg);
-  }
-
-  const given = parseArgs(tied, {
-    string: valued.map((flag) => flag.name),
-    boolean: FLAGS.filter((flag) => !flag.value).map((flag) => flag.name),
-    collect: FLAGS.filter((flag) => flag.repeatable).map((flag) => flag.name),
-    alias: Object.fromEntries(
-      FLAGS.flatMap(({ name, short }) => short ? [[short, name]] : []),
-    ),
-    unknown(arg) {
-      if (!arg.startsWith("-")) return true; // and so it is a stray one
-      const option = arg.replace(/=.*/s, "");
-      const known = names(FLAGS).map(dashed);
-      throw new UsageError(
-        `Unknown option ${option} (did you mean ${
-          closestString(option, known)
-        }?)`,
-      );
-    },
-  });
-  // parseArgs takes these words for the value of a flag that has none.
-  const eaten = tied.find((arg, i) =>
-    /^(true|false)$/.test(arg) && i > 0 && !takesValue.has(tied[i - 1])
-  );
-  const [stray] = [...given._ as string[], ...eaten ? [eaten] : []];
-  if (stray !== undefined) {
-    throw new UsageError(
-      `Unexpected argument ${
-        stray === "" ? '""' : stray
-      } (every option begins with --)`,
-    );
-  }
-
-  const options: Partial<Record<keyof Options, unknown>> = {};
-  for (const flag of FLAGS) {
-    const { name, key, value, range, repeatable } = flag;
-    const texts = [given[name] ?? []].flat();
-    if (!value) {
-      const assigned = names([flag]).map((name) => `${dashed(name)}=`);
-      if (tied.some((arg) => assigned.some((it) => arg.startsWith(it)))) {
-        throw new UsageError(`Option --${name} takes no value`);
-      }
-      if (key && texts[0] === true) options[key] = true;
-    } else if (key && texts.length > 0) {
-      if (texts.includes("")) {
-        throw new UsageError(
-          `Option --${name} needs a value: --${name} ${value}`,
-        );
-      }
-      const values = texts.map((text) =>
-        range && /^\d+$/.test(String(text)) ? Number(text) : text
-      );
-      options[key] = repeatable ? values : values[0];
-    }
-  }
-  checkOptions(options);
-  return {
-    options: options as Partial<Options>,
-    console: given.console === true,
-    help: given.help === true,
-    version: given.version === true,
-  };
-}
-
-/** Throws a {@linkcode UsageError} if no room can be opened with `options`. */
-function checkOptions(options: Partial<Record<keyof Options, unknown>>): void {
-  for (const [key, value] of Object.entries(options)) {
-    const standard: unknown = DEFAULTS[key as keyof Options];
-    if (standard === undefined) throw new UsageError(`Unknown option ${key}`);
-    const kind = (it: unknown) => Array.isArray(it) ? "list" : typeof it;
-    const wanted = kind(standard);
-    // What is wrong with a number, its range says below.
-    const usable = value === undefined || wanted === "number" ||
-      kind(value) === wanted;
-    if (!usable) {
-      throw new UsageError(`Cannot use ${value} for ${key}: give a ${wanted}`);
-    }
-  }
-  for (const { name, key, range } of FLAGS) {
-    const value = key && options[key];
-    if (value === undefined) continue;
-    const expect = (usable: boolean, what: string, given = value) => {
-      if (usable) return;
-      throw new UsageError(`Cannot use ${given} for --${name}: give ${what}`);
-    };
-    if (range) {
-      const [from, to] = range;
-      const number = Number.isInteger(value) ? Number(value) : NaN;
-      expect(
-        number >= from && number <= to,
-        `a whole number from ${from} to ${to}`,
-      );
-    } else if (name === "host") {
-      // Letters, digits and what else an address or a host name can hold.
-      expect(
-        /^[\p{L}\p{N}.:%_-]+$/u.test(String(value)),
-        "an address, such as 127.0.0.1 or ::",
-      );
-    } else if (name === "allow") {
-      for (const network of value as string[]) {
-        expect(
-          parseNetwork(network) !== null,
-          "a network, such as 192.168.0.0/16",
-          network,
-        );
-      }
-    }
-  }
-  const { raw, askName, timestamps, tlsCert, tlsKey } = options;
-  if (raw && (askName || timestamps)) {
-    throw new UsageError(
-      `Cannot use --raw with ${askName ? "--ask-name" : "--timestamps"}: ` +
-        "a raw room relays lines as they are",
-    );
-  }
-  if (!tlsCert !== !tlsKey) {
-    const [one, other] = tlsCert ? ["cert", "key"] : ["key", "cert"];
-    throw new UsageError(
-      `Cannot use --tls-${one} alone: give --tls-${other} FILE too`,
-    );
-  }
-}
-
-/** An address without the IPv4-mapped form (RFC 4291, 2.5.5.2). */
-function plainAddress(address: string): string {
-  return address.replace(/^::ffff:(?=\d+\.)/i, "");
-}
-
-/** The one spelling of an address that the system uses (RFC 5952), or `null`. */
-function canonicalAddress(text: string): string | null {
-  const isIPv6 = /^[\da-f:.]*:[\da-f:.]*$/i.test(text);
-  // Without leading zeros, which some take for octal (RFC 6943, 3.1.1).
-  const isIPv4 = /^(?:0|[1-9]\d{0,2})(?:\.(?:0|[1-9]\d{0,2})){3}$/.test(text);
-  if (!isIPv6 && !isIPv4) return null;
-  const host = URL.parse(`http://${isIPv6 ? `[${text}]` : text}/`)?.hostname;
-  if (host === undefined || isIPv4) return host ?? null;
-  const address = host.slice(1, -1);
-  const mapped = /^::ffff:([\da-f]+):([\da-f]+)$/.exec(address);
-  if (mapped === null) return address;
-  const [high, low] = mapped.slice(1).map((group) => parseInt(group, 16));
-  return [high >> 8, high & 255, low >> 8, low & 255].join(".");
-}
-
-/** Reads a network in CIDR notation (RFC 4632), or a single address. */
-function parseNetwork(
-  text: string,
-): { address: string; prefix: number } | null {
-  const [, host, bits] = /^([^/]+)(?:\/(\d{1,3}))?$/.exec(text) ?? [];
-  const address = canonicalAddress(host ?? "");
-  if (address === null) return null;
-  const length = address.includes(":") ? 128 : 32;
-  // An IPv4 address may have been written in its mapped form, of 128 bits.
-  const skipped = length === 32 && host.includes(":") ? 96 : 0;
-  const prefix = bits === undefined ? length : Number(bits) - skipped;
-  return prefix >= 0 && prefix <= length ? { address, prefix } : null;
-}
-
-function formatAddress(address: string, port: number): string {
-  return address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`;
 }
 
 // ---------------------------------------------------------------------------
@@ -748,501 +460,495 @@ function linesOf(text: string): string[] {
 }
 
 // ---------------------------------------------------------------------------
-// Room: the log of everything to be heard, and the readers that follow it.
+// Room: one append-only log of encoded lines, and the readers that follow it.
 //
-//  client ─lines→ Room.relay() → [ segment ]→[ segment ]→[ e41 | e42 | e43 ]
-//                                   ▲                                ▲
-//                             slow reader                     everyone else
+//  client ─lines→ Room.say() → [ … | segment | segment | segment ]  window, 4 MiB
+//                                     ▲                       ▲
+//                           slow reader's cursor     everyone else's
 //
-// Appending encodes once and touches no reader. At the end of the turn (at once,
-// if one person alone is talking) each reader that is not writing starts one write
-// of all that it has not heard; the others look again when theirs ends, so that
-// under load lines leave together.
+// Appending a line costs the same however many readers there are. One flush at
+// the end of the event-loop turn starts a write for each reader that is not
+// already writing; the others look again when their write ends.
 // ---------------------------------------------------------------------------
 
-/** The log is kept in segments of this many bytes, written once and never
- * again: a write in flight can hold on to one safely. */
+/** The size of a segment of the log, in bytes. Its bytes are written once and
+ * never change, so a write in flight can refer to them. */
 const SEGMENT_BYTES = 65_536;
 
-/** The window: how many segments are kept (4 MiB). Who needs an older one is too
- * slow. This is the bound on the log, however many listen; the history and each
- * client's buffers have bounds of their own. */
+/** How many segments are kept (4 MiB). A reader whose cursor is in an older one
+ * is too slow. This is the bound on memory however many readers there are. */
 const WINDOW_SEGMENTS = 64;
 
-/** The most entries in a segment, so that the window holds few objects even if
- * every line is one byte long. */
-const SEGMENT_ENTRIES = 2_048;
-
-/** The most bytes that are copied to leave in one write, where what a reader
- * hears lies in pieces. A stalled reader holds no more of the log than this. */
+/** The most bytes that one write copies together, when what a reader receives is
+ * in several pieces. */
 const COPIED_BYTES = 16_384;
 
-/** The most lines, and about the most bytes of them, that are relayed as one
- * entry, so that each fits a segment, with a name before every line. */
-const ENTRY_LINES = 256, ENTRY_BYTES = 8_192;
+/** The most lines that are appended at once, and about the most bytes of them,
+ * so that they fit into a segment with a name before each line. */
+const APPENDED_LINES = 256, APPENDED_BYTES = 8_192;
 
-/** How many bytes may be added in a turn before input waits for the next one:
+/** The bounds on what waits for one reader outside the log: detours, and bytes
+ * inserted by them. A reader beyond either is too slow. */
+const MOST_DETOURS = 4_096, MOST_INSERTED_BYTES = 65_536;
+
+/** How many bytes may be appended in a turn before input waits for the next one:
  * each reader that keeps up writes at least a segment a turn. */
 const TURN_BYTES = SEGMENT_BYTES;
 
-/** In a room of more people than this all are written to in the same order each
- * time. Of so many writes the runtime puts off those past the first 128 (tokio's
- * budget), in an order of its own; while ten talk as fast as they are heard, a
- * thousand are given 1.6 times as much if the order stays. From 250 to 500 people
- * either way can be ahead. */
-const HALL = 256;
+/** In a room of up to this many readers a flush starts at a random one. Of more
+ * writes the runtime postpones those past the first 128 (tokio's budget), in an
+ * order of its own: with ten people who talk as fast as they receive, a thousand
+ * readers get 1.6 times as many lines if the order stays the same. */
+const RANDOM_START_READERS = 256;
 
-/** A room of more people than this hears of comings and goings once a second. */
+/** A room of more people than this gathers join and leave notices. */
 const CROWD = 50;
 
 /** How many names a list of who is here gives before it only counts. */
 const LISTED_NAMES = 20;
 
-/** Why a reader who fell out of the window is gone. */
+/** The reason why a slow reader is disconnected. */
 const TOO_SLOW = "too slow";
 
-const SERVER = 0, EVERYONE = 0;
-
-/** A stretch of a segment that the same readers hear. */
-interface Entry {
-  /** Where it ends in the segment, in bytes. */
-  end: number;
-  /** The {@linkcode Reader.id} of who said it, who does not get it back. */
-  from: number;
-  /** The id of the only one who hears it, or {@linkcode EVERYONE}. */
-  to: number;
-  kind: Kind;
-  /** When it was said, in milliseconds; kept for the transcript alone. */
-  time: number;
-}
-
-const enum Kind {
-  /** Talk: what the history and the transcript keep. */
-  Said,
-  /** The server's own words, and what is said to one person alone. */
-  Told,
-  /** A coming or going, which some do not want to hear. */
-  Coming,
-}
-
-/** What one write takes of a segment. */
-interface Batch {
-  bytes: Uint8Array;
-  /** The index of the first entry after it. */
-  end: number;
-}
-
+/** A stretch of the log, written once. */
 class Segment {
   next: Segment | null = null;
-  readonly entries: Entry[] = [];
   readonly bytes = new Uint8Array(SEGMENT_BYTES);
-  #lastPersonal = -1;
-  /** The batch for everyone that was asked for last, and where it begins. */
-  #shared: Batch | null = null;
-  #sharedStart = 0;
+  /** Where it ends in the log, in bytes. */
+  end: number;
+  #shared: Uint8Array = NO_BYTES;
+  #sharedFrom = -1;
 
-  /** @param first the number of its first entry, counted over the whole log */
-  constructor(readonly first: number) {}
+  /** @param start where it begins in the log, in bytes */
+  constructor(readonly start: number) {
+    this.end = start;
+  }
 
-  /** Adds an entry: `text`, and if there are `lines`, each of them after it. Sets
-   * where it ends, and returns its length in bytes; 0 if it does not fit. */
-  add(text: string, lines: Uint8Array, entry: Entry): number {
-    if (this.entries.length === SEGMENT_ENTRIES) return 0;
-    const { bytes } = this, start = this.#start(this.entries.length);
+  /**
+   * Appends `text`, and if there are `lines`, each of them with `text` before it.
+   *
+   * @returns whether it fitted; if not, nothing has changed
+   */
+  append(text: string, lines: Uint8Array): boolean {
+    const { bytes } = this, start = this.end - this.start;
     const { read, written } = encoder.encodeInto(text, bytes.subarray(start));
-    const head = start + written;
-    let end = head;
-    // Byte by byte, as most lines are too short for anything else to pay. What
-    // does not fit falls off the end.
+    const textEnd = start + written;
+    let end = textEnd;
+    // Byte by byte: most lines are too short for a copy by `set` to be faster.
     for (let at = 0; at < lines.length;) {
       if (at > 0) {
-        for (let i = start; i < head; i++) bytes[end++] = bytes[i];
+        for (let i = start; i < textEnd; i++) bytes[end++] = bytes[i];
       }
-      do bytes[end++] = lines[at]; while (
-        lines[at++] !== LF && at < lines.length
+      let byte;
+      do bytes[end++] = byte = lines[at++]; while (
+        byte !== LF && at < lines.length
       );
     }
-    if (read < text.length || end > SEGMENT_BYTES) return 0;
-    if (entry.to !== EVERYONE) this.#lastPersonal = this.entries.length;
-    entry.end = end;
-    this.entries.push(entry);
-    this.#shared = null;
-    return end - start;
+    if (read < text.length || end > SEGMENT_BYTES) return false;
+    this.end = this.start + end;
+    return true;
   }
 
-  /** Where the entry at `index` begins, in bytes. */
-  #start(index: number): number {
-    return index === 0 ? 0 : this.entries[index - 1].end;
+  /** The bytes between two places of the log that are in this segment. */
+  between(from: number, to: number): Uint8Array {
+    return this.bytes.subarray(from - this.start, to - this.start);
   }
 
-  /** What everyone hears from the entry at `index` on. It is the same buffer for
-   * all who stand there. */
-  sharedBatch(index: number): Batch {
-    if (this.#shared === null || this.#sharedStart !== index) {
-      this.#sharedStart = index;
-      this.#shared = index > this.#lastPersonal
-        ? this.#stretch(index, this.entries.length)
-        : this.batch(index, ({ to }) => to === EVERYONE);
+  /** The bytes from a place of the log on: the same view for all readers there. */
+  rest(from: number): Uint8Array {
+    const length = this.end - from;
+    if (this.#sharedFrom !== from || this.#shared.length !== length) {
+      this.#sharedFrom = from;
+      this.#shared = this.between(from, this.end);
     }
     return this.#shared;
   }
+}
 
-  /** What `hears` lets through from the entry at `index` on: a stretch as it
-   * lies here, or a few short ones copied together. */
-  batch(index: number, hears: (entry: Entry, index: number) => boolean): Batch {
-    const { entries } = this, parts: Uint8Array[] = [];
-    let length = 0;
-    while (index < entries.length) {
-      if (!hears(entries[index], index)) {
-        index++;
-        continue;
-      }
-      let end = index + 1;
-      while (end < entries.length && hears(entries[end], end)) end++;
-      const { bytes } = this.#stretch(index, end);
-      if (parts.length > 0 && length + bytes.length > COPIED_BYTES) break;
-      parts.push(bytes);
-      length += bytes.length;
-      index = end;
+/** The lines of the room, of which a window is kept. */
+class Log {
+  #head = new Segment(0);
+  #segments = 1;
+  tail = this.#head;
+
+  /** Where the next line will begin, in bytes since the room was opened. */
+  get end(): number {
+    return this.tail.end;
+  }
+
+  /** Where the window begins. */
+  get start(): number {
+    return this.#head.start;
+  }
+
+  /** Appends lines as {@linkcode Segment.append} does; tells whether the window
+   * has moved. */
+  append(text: string, lines: Uint8Array): boolean {
+    if (this.tail.append(text, lines)) return false;
+    this.tail = this.tail.next = new Segment(this.end);
+    this.tail.append(text, lines);
+    if (this.#segments < WINDOW_SEGMENTS) {
+      this.#segments++;
+      return false;
     }
-    if (parts.length === 0) return { bytes: NO_BYTES, end: index };
-    const bytes = parts.length === 1 ? parts[0] : concatenate(parts);
-    return { bytes, end: index };
-  }
-
-  /** The bytes of one entry. */
-  entry(index: number): Uint8Array {
-    return this.#stretch(index, index + 1).bytes;
-  }
-
-  #stretch(index: number, end: number): Batch {
-    const bytes = this.bytes.subarray(this.#start(index), this.#start(end));
-    return { bytes, end };
+    this.#head = this.#head.next!;
+    return true;
   }
 }
 
+/** A place where one reader leaves the log: it receives `inserted`, and goes on
+ * behind the bytes that it skips. */
+interface Detour {
+  at: number;
+  skipTo: number;
+  inserted: Uint8Array;
+  /** How many bytes of `inserted` only this reader refers to. */
+  cost: number;
+}
+
+const NO_DETOURS: Detour[] = [];
+
+/** What a reader writes to. */
+interface Sink {
+  /** Writes some of `bytes`; resolves to how many. */
+  write(bytes: Uint8Array): Promise<number>;
+  /** Everything up to the reader's end is written. */
+  drained(): void;
+  /** A write failed; there will be no other. */
+  writeFailed(): void;
+  /** The reader is too far behind. */
+  tooSlow(): void;
+  /** The reader is to end at the present end of the log. */
+  leave(reason: string): void;
+}
+
 /**
- * Someone who hears the room: a cursor into the log, and whom it leaves out.
+ * A cursor into the log, and a write loop.
  *
- * Batches are shared. Only a reader whom an entry treats specially needs one of
- * its own, and the number of the last such entry tells that at once.
+ * What only this reader receives, or does not receive, is a {@linkcode Detour}.
+ * Nearly all readers have none, and those at the same place write the same bytes.
  */
-abstract class Reader {
-  readonly id: number;
-  name = "";
-  /** Those whom it does not want to hear, by id. */
-  ignored: Map<number, Reader> | null = null;
-  /** Those who do not want to hear it. */
-  ignoredBy: Set<Reader> | null = null;
-  /** Who last spoke to it alone. */
-  correspondent: Reader | null = null;
+class Reader {
   #segment: Segment | null = null;
-  #index = 0;
-  /** The number of the last entry that concerns it in a way of its own. */
-  #special = -1;
-  /** The number of the first entry that it does not hear any more. */
-  #last = Infinity;
-  /** What leaves before anything of the log: greetings and questions. */
-  #direct: Uint8Array | null = null;
-  /** What is being written, or is left of what was. */
+  #cursor = 0;
+  /** Where it ends: nothing after this is written. */
+  #end = Infinity;
+  #detours: Detour[] = NO_DETOURS;
+  /** What its detours cost, in bytes. */
+  #waiting = 0;
+  /** What is being written, or is left of it. */
   #batch: Uint8Array | null = null;
   #writing = false;
 
-  constructor(readonly room: Room) {
-    this.id = room.nextId();
+  constructor(readonly log: Log, readonly sink: Sink) {}
+
+  /** Follows the log from its present end on. */
+  follow(): void {
+    this.#segment = this.log.tail;
+    this.#cursor = this.log.end;
   }
 
-  /** Writes some of `bytes`, and tells how many. */
-  protected abstract write(bytes: Uint8Array): Promise<number>;
+  /** Sends bytes to this reader alone, in their place among what it reads.
+   *
+   * @param cost how many of them nobody else refers to: their number is bounded
+   */
+  insert(inserted: Uint8Array, cost: number = inserted.length): void {
+    if (this.#end !== Infinity) return; // the last bytes may be on their way
+    const at = this.#segment === null ? 0 : this.log.end;
+    this.#detour({ at, skipTo: at, inserted, cost });
+  }
 
-  /** It has been given all that it will ever hear. */
-  protected abstract finished(): void;
+  /** Leaves out the bytes from `from` to the end of the log. */
+  skip(from: number): void {
+    if (this.#segment === null) return;
+    const skipTo = this.log.end, last = this.#detours.at(-1);
+    if (last?.skipTo === from) last.skipTo = skipTo;
+    else if (last === undefined && this.#cursor === from) this.#cursor = skipTo;
+    else this.#detour({ at: from, skipTo, inserted: NO_BYTES, cost: 0 });
+  }
 
-  /** Writing to it failed. */
-  protected writeFailed(): void {}
-
-  /** The window has moved past its cursor. */
-  abstract tooSlow(): void;
-
-  /** Leaves, as if of its own accord. */
-  abstract leave(reason: string): void;
-
-  /** Sends something that is not in the log, ahead of what is. Who has left more
-   * than a segment of it unread is too slow. */
-  send(text: string | Uint8Array): void {
-    if (this.#last !== Infinity) return; // its end may be on the way
-    const bytes = typeof text === "string" ? encoder.encode(text) : text;
-    if (this.#direct && this.#direct.length > SEGMENT_BYTES) {
-      return this.tooSlow();
+  #detour(detour: Detour): void {
+    const { length } = this.#detours;
+    if (length === MOST_DETOURS || this.#waiting > MOST_INSERTED_BYTES) {
+      return this.sink.tooSlow();
     }
-    this.#direct = this.#direct ? concatenate([this.#direct, bytes]) : bytes;
-    this.pump();
+    if (length === 0) this.#detours = [detour];
+    else this.#detours.push(detour);
+    this.#waiting += detour.cost;
   }
 
-  /** Whether it hears the log, rather than only what is sent to it. */
-  get inside(): boolean {
+  /** Ends at the present end of the log, and calls {@linkcode Sink.drained} when
+   * all before it is written. */
+  end(): void {
+    this.#end = this.log.end;
+    this.flush();
+  }
+
+  /** Writes nothing more. A write in flight is the last. */
+  stop(): void {
+    this.#segment = this.#batch = null;
+    this.#detours = NO_DETOURS;
+    this.#end = 0;
+    this.#writing = true;
+  }
+
+  /** Whether it receives the log, rather than only what is inserted. */
+  get isFollowing(): boolean {
     return this.#segment !== null;
   }
 
-  /** Begins to hear, with the next entry. */
-  joinLog(): void {
-    this.#segment = this.room.tail;
-    this.#index = this.#segment.entries.length;
+  /** Whether its cursor is before the window. */
+  get isBehind(): boolean {
+    return this.#segment !== null && this.#cursor < this.log.start;
   }
 
-  /** Hears the log up to here and no further, then {@linkcode finished}. */
-  endLog(): void {
-    this.#last = this.room.nextEntry;
-    this.#special = Infinity;
-  }
-
-  /** Hears nothing more. */
-  protected dropLog(): void {
-    this.#segment = this.#direct = this.#batch = null;
-    this.#writing = true; // a write in flight is the last
-  }
-
-  ignore(other: Reader): void {
-    if (this.correspondent === other) this.correspondent = null;
-    (this.ignored ??= new Map()).set(other.id, other);
-    (other.ignoredBy ??= new Set()).add(this);
-  }
-
-  /** How many who are here it ignores; it forgets the others. */
-  countIgnored(): number {
-    for (const [id, other] of this.ignored ?? []) {
-      if (!this.room.readers.has(other)) this.ignored!.delete(id);
-    }
-    return this.ignored?.size ?? 0;
-  }
-
-  /** Tells whether it did ignore `other`. */
-  stopIgnoring(other: Reader): boolean {
-    other.ignoredBy?.delete(this);
-    return this.ignored?.delete(other.id) ?? false;
-  }
-
-  /** The entry of this number concerns it in a way of its own. */
-  markSpecial(entry: number): void {
-    if (this.#special < entry) this.#special = entry;
-  }
-
-  /** Whether it stands before `segment`. */
-  isBehind(segment: Segment): boolean {
-    return this.#segment !== null && this.#segment.first < segment.first;
-  }
-
-  /** Starts to write what it has not heard, unless it is writing. */
-  pump(): void {
+  /** Starts to write what it has not written, unless it is writing. */
+  flush(): void {
     if (this.#writing) return;
     this.#batch ??= this.#next();
     if (this.#batch === null) {
-      if (this.#last !== Infinity) this.finished();
-      return;
+      if (this.#end === Infinity) return;
+      this.stop();
+      return this.sink.drained();
     }
     this.#writing = true;
     try {
       // Not an async function: its promises cost a tenth of a delivery.
-      this.write(this.#batch).then(this.#written, this.#notWritten);
+      this.sink.write(this.#batch).then(this.#written, this.#failed);
     } catch {
-      this.#notWritten();
+      this.#failed();
     }
   }
 
   #written = (count: number): void => {
-    if (this.#batch === null) return; // dropped meanwhile
+    if (this.#batch === null) return; // stopped meanwhile
     this.#writing = false;
     this.#batch = count < this.#batch.length
       ? this.#batch.subarray(count)
       : null;
-    this.pump();
+    this.flush();
   };
 
-  #notWritten = (): void => {
-    this.dropLog();
-    this.writeFailed();
+  #failed = (): void => {
+    this.stop();
+    this.sink.writeFailed();
   };
 
+  /** The bytes from the cursor on, or `null` if there are none. The cursor moves
+   * behind them. */
   #next(): Uint8Array | null {
-    if (this.#direct !== null) {
-      const direct = this.#direct;
-      this.#direct = null;
-      return direct;
-    }
-    while (this.#segment !== null) {
-      const segment = this.#segment;
-      if (this.#index === segment.entries.length) {
-        if (segment.next === null) return null;
-        this.#segment = segment.next;
-        this.#index = 0;
-        continue;
+    if (this.#detours.length === 0) return this.#stretch(Infinity);
+    const parts: Uint8Array[] = [], detours = this.#detours;
+    let length = 0, passed = 0;
+    while (length < COPIED_BYTES) {
+      const detour = passed < detours.length ? detours[passed] : null;
+      const most = parts.length > 0 ? COPIED_BYTES - length : Infinity;
+      const bytes = this.#stretch(detour?.at ?? Infinity, most);
+      if (bytes !== null) {
+        parts.push(bytes);
+        length += bytes.length;
       }
-      const { bytes, end } = this.batch(segment, this.#index);
-      this.#index = end;
-      if (bytes.length > 0) return bytes;
+      // Without detours, what a reader receives is one stretch of the log.
+      if (detour === null || this.#cursor < detour.at) break;
+      passed++;
+      this.#cursor = Math.max(this.#cursor, detour.skipTo);
+      if (detour.inserted.length > 0) {
+        parts.push(detour.inserted);
+        length += detour.inserted.length;
+        this.#waiting -= detour.cost;
+      }
     }
-    return null;
+    if (passed > 0) {
+      this.#detours = passed < detours.length
+        ? detours.slice(passed)
+        : NO_DETOURS;
+    }
+    return parts.length > 1 ? concatenate(parts) : parts[0] ?? null;
   }
 
-  /** What it is written next, of a segment from the entry at `index` on. */
-  protected batch(segment: Segment, index: number): Batch {
-    return segment.first + index > this.#special
-      ? segment.sharedBatch(index)
-      : segment.batch(
-        index,
-        (entry, index) => this.#hears(entry, segment.first + index),
-      );
-  }
-
-  #hears({ from, to, kind }: Entry, number: number): boolean {
-    return number < this.#last &&
-      (to === EVERYONE ? from !== this.id : to === this.id) &&
-      !(kind === Kind.Coming && this.room.quiet.has(this)) &&
-      !this.ignored?.has(from);
+  /** The bytes from the cursor to `to`, as far as they lie in one segment. */
+  #stretch(to: number, most = Infinity): Uint8Array | null {
+    if (this.#segment === null) return null;
+    while (this.#cursor >= this.#segment.end && this.#segment.next !== null) {
+      this.#segment = this.#segment.next;
+    }
+    const segment = this.#segment, from = this.#cursor;
+    const end = Math.min(to, segment.end, this.#end, from + most);
+    if (end <= from) return null;
+    this.#cursor = end;
+    return end === segment.end
+      ? segment.rest(from)
+      : segment.between(from, end);
   }
 }
 
-/** The most bytes of history that are kept, however many lines were asked for. */
+/** Somebody in the room: what others see of them, and whom they ignore. */
+abstract class Person {
+  /** Empty until a name is given. */
+  name = "";
+  /** Those whose messages this person does not receive. */
+  ignored: Set<Person> | null = null;
+  /** Those who do not receive this person's messages. */
+  ignoredBy: Set<Person> | null = null;
+  /** Who sent the last private message to this person. */
+  replyTo: Person | null = null;
+
+  /** What this person receives the room by; none if they are elsewhere. */
+  abstract readonly reader: Reader | null;
+
+  constructor(readonly room: Room) {}
+
+  /** Shows this person lines that nobody else receives. */
+  tell(text: string): void {
+    this.reader?.insert(encoder.encode(text));
+    this.reader?.flush();
+  }
+
+  ignore(other: Person): void {
+    if (this.replyTo === other) this.replyTo = null;
+    (this.ignored ??= new Set()).add(other);
+    (other.ignoredBy ??= new Set()).add(this);
+  }
+
+  /** Tells whether `other` was ignored. */
+  stopIgnoring(other: Person): boolean {
+    other.ignoredBy?.delete(this);
+    return this.ignored?.delete(other) ?? false;
+  }
+}
+
+/** The most bytes of history that are kept, however many lines are asked for. */
 const HISTORY_BYTES = 1_048_576;
 
-/** The last lines said, encoded, for newcomers. */
+/** The last public lines, for newcomers: blocks of bytes that are written once,
+ * so that all newcomers share them. */
 class History {
-  #parts: { bytes: Uint8Array; lines: number }[] = [];
+  #blocks: { bytes: Uint8Array; used: number; lines: number }[] = [];
   #lines = 0;
-  #length = 0;
-  /** All of it, for the next newcomer too, until more is said. */
-  #whole: Uint8Array | null = null;
+  #bytes = 0;
 
   /** @param most how many lines it keeps */
   constructor(readonly most: number) {}
 
-  /** Adds whole lines. `bytes` stays as it is, and keeps nothing else alive. */
+  /** Adds whole lines with their ends. */
   add(bytes: Uint8Array): void {
-    let lines = 0;
-    for (let end = 0; (end = bytes.indexOf(LF, end) + 1) > 0;) lines++;
-    this.#parts.push({ bytes, lines });
-    this.#lines += lines;
-    this.#length += bytes.length;
-    this.#whole = null;
-    while (this.#parts.length > 0) {
-      const [{ bytes, lines }] = this.#parts;
+    let block = this.#blocks.at(-1);
+    if (!block || block.used + bytes.length > block.bytes.length) {
+      const size = Math.max(bytes.length, COPIED_BYTES);
+      block = { bytes: new Uint8Array(size), used: 0, lines: 0 };
+      this.#blocks.push(block);
+    }
+    block.bytes.set(bytes, block.used);
+    block.used += bytes.length;
+    this.#bytes += bytes.length;
+    for (let end = 0; (end = bytes.indexOf(LF, end) + 1) > 0;) {
+      block.lines++;
+      this.#lines++;
+    }
+    this.#forget();
+  }
+
+  /** Drops the oldest blocks that are not needed. */
+  #forget(): void {
+    for (;;) {
+      const [{ used, lines }] = this.#blocks;
       const enough = this.#lines - lines >= this.most;
-      if (!enough && this.#length <= HISTORY_BYTES) break;
-      this.#parts.shift();
+      if (!enough && this.#bytes <= HISTORY_BYTES) return;
+      if (this.#blocks.length === 1) return;
+      this.#blocks.shift();
       this.#lines -= lines;
-      this.#length -= bytes.length;
+      this.#bytes -= used;
     }
   }
 
-  /** The lines, of which the oldest part can hold more than are wanted. */
-  get bytes(): Uint8Array {
-    if (this.#whole === null) {
-      const whole = concatenate(this.#parts.map(({ bytes }) => bytes));
-      let start = 0;
-      for (let extra = this.#lines - this.most; extra > 0; extra--) {
-        start = whole.indexOf(LF, start) + 1;
-      }
-      this.#whole = whole.subarray(start);
+  /** The lines, in pieces that are shared. */
+  get parts(): Uint8Array[] {
+    const parts = this.#blocks.map(({ bytes, used }) =>
+      bytes.subarray(0, used)
+    );
+    if (parts.length === 0) return parts;
+    let start = 0;
+    for (let extra = this.#lines - this.most; extra > 0; extra--) {
+      start = parts[0].indexOf(LF, start) + 1;
     }
-    return this.#whole;
+    parts[0] = parts[0].subarray(start);
+    return parts;
   }
 }
 
-type Coming = "entered" | "left";
+type Change = "entered" | "left";
 
-function comingText(what: Coming, name: string, reason: string): string {
-  return `${name} has ${what} the room${reason && ` (${reason})`}`;
+function changeText(change: Change, name: string, reason: string): string {
+  return `${name} has ${change} the room${reason && ` (${reason})`}`;
 }
 
-/** Comings and goings of a crowd, counted until it is told of them. */
-class Comings {
+/** Join and leave notices of a crowd, gathered into one line. */
+class JoinLeaveNotices {
   #entered = 0;
   #left = 0;
-  #slow = 0;
-  #last = ["", ""];
-  #lastWhat: Coming = "entered";
+  #tooSlow = 0;
+  /** The text of the last one by itself. */
+  #last = "";
 
-  add(what: Coming, name: string, reason: string): void {
-    if (what === "entered") this.#entered++;
+  add(change: Change, name: string, reason: string): void {
+    if (change === "entered") this.#entered++;
     else this.#left++;
-    if (reason === TOO_SLOW) this.#slow++;
-    this.#lastWhat = what;
-    this.#last = [name, reason];
+    if (reason === TOO_SLOW) this.#tooSlow++;
+    this.#last = changeText(change, name, reason);
   }
 
-  get text(): string {
+  /** The line that tells of all of them, after which it begins anew. */
+  take(): string {
     const entered = this.#entered, left = this.#left;
-    if (entered + left === 1) {
-      return comingText(this.#lastWhat, this.#last[0], this.#last[1]);
-    }
     const have = (count: number) => count === 1 ? "has" : "have";
     const people = (count: number) =>
       `${count} ${count === 1 ? "person" : "people"} ${have(count)}`;
-    const slow = this.#slow ? ` (${this.#slow} ${TOO_SLOW})` : "";
+    const slow = this.#tooSlow ? ` (${this.#tooSlow} ${TOO_SLOW})` : "";
+    this.#entered = this.#left = this.#tooSlow = 0;
+    if (entered + left === 1) return this.#last;
     if (entered === 0) return `${people(left)} left the room${slow}`;
-    const came = `${people(entered)} entered the room`;
-    return left === 0 ? came : `${came}, ${left} ${have(left)} left${slow}`;
+    const joined = `${people(entered)} entered the room`;
+    return left === 0 ? joined : `${joined}, ${left} ${have(left)} left${slow}`;
   }
 }
 
-/** The people, what they say, and the log of it. */
+/** The people, what they say, and who receives it. */
 class Room {
-  /** Everyone who is connected, whether inside already or not. */
+  readonly log = new Log();
+  /** Everybody and everything that receives something, in the room or not yet. */
   readonly readers = new Set<Reader>();
   /** Those who have a name, by {@linkcode nameKey}. */
-  readonly people = new Map<string, Reader>();
-  /** Those who do not want to hear who comes and goes. */
-  readonly quiet = new Set<Reader>();
-  /** The first names of those who are here, as they are listed. */
-  #listed: string | null = null;
-  #head = new Segment(0);
-  #tail = this.#head;
-  #segments = 1;
-  /** None, if a newcomer is shown none. */
-  readonly #history: History | null;
-  /** Whether the end of the turn is to flush. */
-  #flushDue = false;
-  #turnEnding = false;
-  #lastSpeaker: Reader | undefined;
-  #lastId = 0;
-  #guests = 0;
-  /** Bytes added since the last turn of the event loop whose end was awaited. */
-  #added = 0;
-  /** Comings and goings of a crowd that it has not heard of yet. */
-  #comings = new Comings();
-  #crowdTimer: Timer | undefined;
-  #time = { minute: 0, text: "" };
-  readonly #emptied = Promise.withResolvers<void>();
-
+  readonly people = new Map<string, Person>();
+  /** Those who do not receive join and leave notices. */
+  readonly quiet = new Set<Person>();
+  /** Receives each public line, with the name before it, and when it was said. */
+  transcript: Transcript | null = null;
   /** Whether the last line has been said. */
   closed = false;
+  /** The first names of those who are here, as they are listed. */
+  #names: string | null = null;
+  /** None, if a newcomer is shown none. */
+  readonly #history: History | null;
+  #guests = 0;
+  readonly #notices = new JoinLeaveNotices();
+  #noticeTimer: Timer | undefined;
+  #clock = { minute: 0, text: "" };
+  /** Whether something was appended since the last flush. */
+  #flushNeeded = false;
+  #turnEnds = false;
+  #lastSender: Person | undefined;
+  /** Bytes that came in since the last turn whose end was awaited. */
+  #bytesThisTurn = 0;
+  readonly #emptied = Promise.withResolvers<void>();
 
   constructor(readonly options: Options) {
     const { raw, history } = options;
     this.#history = raw || history === 0 ? null : new History(history);
   }
 
-  nextId(): number {
-    return ++this.#lastId;
-  }
-
-  get tail(): Segment {
-    return this.#tail;
-  }
-
-  /** The number that the next entry will have. */
-  get nextEntry(): number {
-    return this.#tail.first + this.#tail.entries.length;
-  }
-
-  /** Whether so much was added in this turn that input must wait for the next. */
-  get crowded(): boolean {
-    return this.#added >= TURN_BYTES;
-  }
-
   // -- people
 
-  find(name: string): Reader | undefined {
+  find(name: string): Person | undefined {
     return this.people.get(nameKey(name));
   }
 
@@ -1253,86 +959,144 @@ class Room {
     return name;
   }
 
-  /** What is wrong with a name that `reader` wants, or `null`. */
-  refusal(name: string | null, reader: Reader): string | null {
+  /** What is wrong with a name that `person` wants, or `null`. */
+  nameProblem(name: string | null, person: Person): string | null {
     if (name === null) return NAME_RULE;
-    if (isReserved(name)) {
-      return `The name ${name} is reserved.`;
-    }
+    if (isReserved(name)) return `The name ${name} is reserved.`;
     const owner = this.find(name);
-    return owner && owner !== reader ? `The name ${name} is taken.` : null;
+    return owner && owner !== person ? `The name ${name} is taken.` : null;
   }
 
-  /** Gives `reader` a name that has no {@linkcode refusal}. */
-  setName(reader: Reader, name: string): void {
-    if (reader.name) this.#forgetName(reader);
-    if (this.people.size < LISTED_NAMES) this.#listed = null;
-    reader.name = name;
-    this.people.set(nameKey(name), reader);
+  /** Gives `person` a name that has no {@linkcode nameProblem}. */
+  setName(person: Person, name: string): void {
+    if (person.name) this.#removeName(person);
+    if (this.people.size < LISTED_NAMES) this.#names = null;
+    person.name = name;
+    this.people.set(nameKey(name), person);
+  }
+
+  #removeName(person: Person): boolean {
+    this.#names = null;
+    return this.people.delete(nameKey(person.name));
   }
 
   /** The line that tells who is here. */
   whoIsHere(nobody = ""): string {
-    // Kept, as a crowd at the door would have it made anew for each.
-    this.#listed ??= Array.from(
+    // Kept, as a crowd that joins would have it made anew for each.
+    this.#names ??= Array.from(
       this.people.values().take(LISTED_NAMES),
       ({ name }) => name,
     ).join(", ");
     const more = this.people.size - LISTED_NAMES;
     const others = more > 0 ? ` and ${more} more` : "";
-    return `* The room contains: ${(this.#listed || nobody) + others}\n`;
+    return `* The room contains: ${(this.#names || nobody) + others}\n`;
   }
 
-  /** `reader`, who has a name, begins to hear and be heard. */
-  enter(reader: Reader): void {
-    this.#tellComing("entered", reader, "");
-    reader.joinLog();
+  /** Lets `person` in under a name that has no {@linkcode nameProblem}. */
+  enter(person: Person, name: string): void {
+    this.setName(person, name);
+    this.#tellChange("entered", person, "");
+    person.reader?.follow();
   }
 
-  /** Takes `reader` out, who may still be given what was said before. */
-  leave(reader: Reader, reason: string): void {
-    reader.correspondent = null; // or each would keep the one before
-    for (const other of reader.ignored?.values() ?? []) {
-      other.ignoredBy?.delete(reader);
+  /** Takes `person` out; its reader may still write what was said before. */
+  leave(person: Person, reason: string): void {
+    person.replyTo = null; // or each would keep the one before in memory
+    for (const other of person.ignored ?? []) other.ignoredBy?.delete(person);
+    for (const other of person.ignoredBy ?? []) other.ignored?.delete(person);
+    this.quiet.delete(person);
+    if (person.name && this.#removeName(person)) {
+      this.#tellChange("left", person, reason);
     }
-    if (reader.name && this.#forgetName(reader)) {
-      this.#tellComing("left", reader, reason);
-    }
   }
 
-  /** Forgets `reader`, who is disconnected. */
+  /** Forgets a reader that will write nothing more. */
   forget(reader: Reader): void {
     this.readers.delete(reader);
-    this.quiet.delete(reader);
     if (this.closed && this.readers.size === 0) this.#emptied.resolve();
   }
 
-  /** Resolves when everyone is disconnected, after {@linkcode Room.close}. */
+  /** Resolves when all readers are forgotten, after {@linkcode Room.close}. */
   async emptied(): Promise<void> {
     if (this.readers.size > 0) await this.#emptied.promise;
   }
 
-  #forgetName(reader: Reader): boolean {
-    this.#listed = null;
-    return this.people.delete(nameKey(reader.name));
+  // -- lines
+
+  /** Appends public lines of `from`: bytes with their line ends, no more than
+   * {@linkcode APPENDED_LINES}. Everyone receives them but `from`, and those who
+   * ignore `from`. */
+  say(from: Person, lines: Uint8Array, mark: string = this.mark(from)): void {
+    const start = this.log.end;
+    this.#append(this.stamp() + mark, lines, from);
+    if (this.#history !== null || this.transcript !== null) {
+      const said = this.log.tail.between(start, this.log.end);
+      this.#history?.add(said);
+      this.transcript?.add(said);
+    }
+    this.#flushSoon(from);
   }
 
-  // -- talk
-
-  /** `from` says a line, or does it (`/me`): everyone else hears it. */
-  say(from: Reader, line: string, mark: string = this.mark(from)): void {
-    const text = `${this.stamp()}${mark}${line}\n`;
-    this.#append(text, NO_BYTES, Kind.Said, from);
-  }
-
-  /** `from` says lines, as bytes with their ends: no more than make an entry. */
-  relay(from: Reader, lines: Uint8Array): void {
-    this.#append(this.stamp() + this.mark(from), lines, Kind.Said, from);
-  }
-
-  /** What stands before a line that `from` says. */
-  mark(from: Reader): string {
+  /** What is before a line of `from`. */
+  mark(from: Person): string {
     return this.options.raw ? "" : `[${from.name}] `;
+  }
+
+  /** `from` says something to `to` alone. */
+  sayPrivately(from: Person, to: Person, text: string): void {
+    const time = this.stamp();
+    if (!to.ignored?.has(from)) {
+      to.tell(`${time}[${from.name} -> you] ${text}\n`);
+      to.replyTo = from;
+    }
+    from.tell(`${time}[you -> ${to.name}] ${text}\n`);
+  }
+
+  /** The server's own words to everyone. */
+  notice(text: string): void {
+    this.#append(`* ${text}\n`, NO_BYTES);
+    this.#flushSoon();
+  }
+
+  /** In a small room at once. In a crowd one line a second; among more than a
+   * thousand people less often: a thousand deliveries a second at most. */
+  #tellChange(change: Change, person: Person, reason: string): void {
+    if (this.options.raw || this.closed) return;
+    if (this.people.size <= CROWD && this.#noticeTimer === undefined) {
+      const text = changeText(change, person.name, reason);
+      return this.#noticeChange(text, person);
+    }
+    this.#notices.add(change, person.name, reason);
+    const wait = Math.max(1_000, this.people.size);
+    this.#noticeTimer ??= setTimeout(() => {
+      this.#noticeTimer = undefined;
+      this.#noticeChange(this.#notices.take());
+    }, wait);
+  }
+
+  /** Tells those who want to know, and do not ignore `person`. */
+  #noticeChange(text: string, person?: Person): void {
+    const start = this.log.end;
+    this.#append(`* ${text}\n`, NO_BYTES, person);
+    for (const other of this.quiet) other.reader?.skip(start);
+    this.#flushSoon();
+  }
+
+  /** Says the last line that anyone receives. */
+  close(): void {
+    this.closed = true;
+    clearTimeout(this.#noticeTimer);
+    const line = this.options.raw ? "Shutdown Server\n" : "* Shutdown Server\n";
+    this.#append(line, NO_BYTES);
+    for (const reader of this.readers) {
+      if (!reader.isFollowing) reader.insert(encoder.encode(line));
+    }
+    this.#flushSoon();
+  }
+
+  /** The last public lines, in pieces that all newcomers share. */
+  get history(): Uint8Array[] {
+    return this.#history?.parts ?? [];
   }
 
   /** Begins with lines that were said before, each with the time of it. */
@@ -1342,215 +1106,133 @@ class Room {
     }
   }
 
-  /** The last lines said, for a newcomer. */
-  get history(): Uint8Array {
-    return this.#history?.bytes ?? NO_BYTES;
-  }
-
-  /** Tells one reader something, in its place among what the room hears. */
-  tell(reader: Reader, content: string | Uint8Array, from?: Reader): void {
-    if (!reader.inside) reader.send(content);
-    else if (typeof content === "string") {
-      this.#append(content, NO_BYTES, Kind.Told, from, reader);
-    } else this.#append("", content, Kind.Told, from, reader);
-  }
-
-  /** `from` speaks to `to` alone. */
-  sayPrivately(from: Reader, to: Reader, text: string): void {
-    const time = this.stamp();
-    this.tell(to, `${time}[${from.name} -> you] ${text}\n`, from);
-    this.tell(from, `${time}[you -> ${to.name}] ${text}\n`);
-    if (!to.ignored?.has(from.id)) to.correspondent = from;
-  }
-
-  /** The room's own words to everyone. Who ignores someone hears of that one's
-   * new name too, or could not name whom to hear again. */
-  notice(text: string): void {
-    this.#append(`* ${text}\n`, NO_BYTES, Kind.Told);
-  }
-
-  /** The time of day before a line said, if it is wanted. */
+  /** The time of day before a public line, if it is wanted. */
   stamp(time?: Date): string {
     if (!this.options.timestamps) return "";
     const moment = time?.getTime() ?? Date.now();
     const minute = Math.floor(moment / 60_000);
-    if (minute !== this.#time.minute) {
+    if (minute !== this.#clock.minute) {
       const text = new Date(moment).toTimeString().slice(0, 5) + " ";
-      this.#time = { minute, text };
+      this.#clock = { minute, text };
     }
-    return this.#time.text;
+    return this.#clock.text;
   }
 
-  /** In a small room at once; in a crowd one line a second, lest comings drown
-   * the talk, and past a thousand people seldomer, lest they keep the server
-   * busy: a thousand deliveries a second at most. */
-  #tellComing(what: Coming, reader: Reader, reason: string): void {
-    if (this.options.raw || this.closed) return;
-    if (this.people.size <= CROWD && this.#crowdTimer === undefined) {
-      const text = comingText(what, reader.name, reason);
-      return this.#noticeComing(text, reader);
+  /** Appends to the log, past `from` and those who ignore `from`. */
+  #append(text: string, lines: Uint8Array, from?: Person): void {
+    const start = this.log.end;
+    if (this.log.append(text, lines)) this.#dropSlowReaders();
+    from?.reader?.skip(start);
+    for (const other of from?.ignoredBy ?? []) other.reader?.skip(start);
+    this.countBytes(this.log.end - start);
+  }
+
+  /** The window has moved: now, as a write that a reader waits for may never
+   * end. */
+  #dropSlowReaders(): void {
+    for (const reader of this.readers) {
+      if (reader.isBehind) reader.sink.tooSlow();
     }
-    this.#comings.add(what, reader.name, reason);
-    const wait = Math.max(1_000, this.people.size);
-    this.#crowdTimer ??= setTimeout(() => this.#tellCrowd(), wait);
   }
 
-  #tellCrowd(): void {
-    this.#noticeComing(this.#comings.text);
-    this.#comings = new Comings();
-    this.#crowdTimer = undefined;
+  // -- turns of the event loop
+
+  /** Whether so much came in this turn that input waits for the next. */
+  get crowded(): boolean {
+    return this.#bytesThisTurn >= TURN_BYTES;
   }
 
-  #noticeComing(text: string, of?: Reader): void {
-    this.#append(`* ${text}\n`, NO_BYTES, Kind.Coming, of);
+  /** Counts bytes that came in, towards {@linkcode Room.crowded}. */
+  countBytes(count: number): void {
+    this.#bytesThisTurn += count;
+    if (this.#bytesThisTurn > TURN_BYTES / 4) this.#endTurnSoon();
   }
 
-  /** Says the last line that anyone hears. */
-  close(): void {
-    this.closed = true;
-    clearTimeout(this.#crowdTimer);
-    const line = this.options.raw ? "Shutdown Server\n" : "* Shutdown Server\n";
-    for (const reader of this.readers) if (!reader.inside) reader.send(line);
-    this.#append(line, NO_BYTES, Kind.Told);
-  }
-
-  // -- the log
-
-  #append(
-    text: string,
-    lines: Uint8Array,
-    kind: Kind,
-    from?: Reader,
-    to?: Reader,
-  ): void {
-    const entry = {
-      end: 0,
-      from: from?.id ?? SERVER,
-      to: to?.id ?? EVERYONE,
-      kind,
-      time: this.options.log ? Date.now() : 0,
-    };
-    let added = this.#tail.add(text, lines, entry);
-    if (added === 0) {
-      this.#moveWindow();
-      added = this.#tail.add(text, lines, entry);
-    }
-    const number = this.nextEntry - 1;
-    to?.markSpecial(number);
-    if (from) {
-      from.markSpecial(number);
-      if (from.ignoredBy) {
-        for (const reader of from.ignoredBy) reader.markSpecial(number);
-      }
-    }
-    if (kind === Kind.Coming) {
-      for (const reader of this.quiet) reader.markSpecial(number);
-    }
-
-    if (kind === Kind.Said && this.#history !== null) {
-      this.#history.add(this.#tail.entry(number - this.#tail.first).slice());
-    }
-    this.countInput(added);
-    this.#flushSoon(kind === Kind.Said ? from : undefined);
-  }
-
-  /** Counts bytes that were taken in, towards {@linkcode crowded}. */
-  countInput(count: number): void {
-    this.#added += count;
-    if (this.#added > TURN_BYTES / 4) this.#endTurnSoon();
-  }
-
-  /** Has everyone written what was added: at the end of the turn, together with
-   * what else is said in it, or at once if one person alone is talking and the
-   * end of the turn is not awaited for another reason. */
-  #flushSoon(speaker: Reader | undefined): void {
-    // There is nothing to wait for then: between two people a line takes a tenth
-    // less time.
-    const alone = speaker !== undefined && speaker === this.#lastSpeaker;
-    this.#lastSpeaker = speaker;
-    if (alone && !this.#turnEnding) return this.#flush();
-    this.#flushDue = true;
+  /** Flushes at the end of the turn, with what else is said in it; at once if one
+   * person alone is talking, which takes a tenth less time between two people. */
+  #flushSoon(sender?: Person): void {
+    const alone = sender !== undefined && sender === this.#lastSender;
+    this.#lastSender = sender;
+    if (alone && !this.#turnEnds) return this.#flush();
+    this.#flushNeeded = true;
     this.#endTurnSoon();
   }
 
   #endTurnSoon(): void {
-    if (this.#turnEnding) return;
-    this.#turnEnding = true;
-    // Not a microtask, which would come before the other reads of this turn: what
-    // they bring leaves in the same writes. While ten talk as fast as they are
-    // heard, a thousand are given twice as much, a hundred no less.
+    if (this.#turnEnds) return;
+    this.#turnEnds = true;
+    // Not a microtask: that would come before the other reads of this turn, and
+    // what they bring would leave in writes of its own. With ten people who talk
+    // as fast as they receive, a thousand readers get twice as many lines.
     setImmediate(this.#endTurn);
   }
 
   #endTurn = (): void => {
-    this.#turnEnding = false;
-    this.#added = 0;
-    if (this.#flushDue) this.#flush();
+    this.#turnEnds = false;
+    this.#bytesThisTurn = 0;
+    if (this.#flushNeeded) this.#flush();
   };
 
+  /** Starts a write for each reader that is not writing. In a small room it starts
+   * at a random reader, so that the same one is not always the last: with ten
+   * people who talk as fast as they receive, a hundred readers get a fifth more. */
   #flush(): void {
-    this.#flushDue = false;
-    // Where they are not too many it begins anywhere, lest the same people always
-    // be the last to hear. What the first answer comes while the others are
-    // written to: while ten talk as fast as they are heard, a hundred are given
-    // a fifth more.
+    this.#flushNeeded = false;
     const { readers } = this, { size } = readers;
-    const first = size > HALL ? 0 : Math.floor(Math.random() * size);
+    const first = size > RANDOM_START_READERS
+      ? 0
+      : Math.floor(Math.random() * size);
     let place = 0;
-    for (const reader of readers) if (place++ >= first) reader.pump();
+    for (const reader of readers) if (place++ >= first) reader.flush();
     place = 0;
     for (const reader of readers) {
       if (place++ === first) break;
-      reader.pump();
-    }
-  }
-
-  #moveWindow(): void {
-    this.#tail = this.#tail.next = new Segment(this.nextEntry);
-    if (++this.#segments <= WINDOW_SEGMENTS) return;
-    this.#segments--;
-    this.#head = this.#head.next!;
-    // Now, not when its write ends: it may never end.
-    for (const reader of this.readers) {
-      if (reader.isBehind(this.#head)) reader.tooSlow();
+      reader.flush();
     }
   }
 }
 
 // ---------------------------------------------------------------------------
-// Client: one person's connection. It is read into lines, which are paced, and
-// hears the room until it leaves.
+// Client: one connection, from its first byte to its last. It is read, split into
+// lines and paced; it receives the room until it leaves.
 // ---------------------------------------------------------------------------
 
-/** The least and the most that is read at once, in bytes. Who only listens has
- * the least waiting; a full read makes it eight times that. */
-const LEAST_READ_BYTES = 256, MOST_READ_BYTES = 65_536;
+/** The size of the read buffer, in bytes. A client that only listens has the
+ * smallest; a full read makes it eight times larger, up to the largest. */
+const SMALLEST_READ_BYTES = 256, LARGEST_READ_BYTES = 65_536;
 
-/** The most that waits for one who is paced, as what was read has to wait here,
- * or who has said all for now, lest one who was busy once cost more ever after. */
-const RESTING_READ_BYTES = 2_048;
+/** The largest buffer of a client that is paced, as what was read waits in memory,
+ * and of a client whose last read was small. */
+const MODEST_READ_BYTES = 2_048;
 
-/** How many seconds' worth of lines a client has in hand at the start. */
+/** How many seconds' worth of lines a client may send at once. */
 const BURST_SECONDS = 5;
 
-/** How long to wait between reads of what one who leaves goes on sending. */
+/** The time between reads of what a client still sends after it has left. */
 const DISCARD_MILLISECONDS = 10;
 
-/** How long input waits at most when too much came in a turn. Each client waits
- * a time of its own, lest the same one always be the first. */
+/** The most that input waits when too much came in a turn. Each client waits for a
+ * random time, so that the same one is not always the first. */
 const CROWDED_MILLISECONDS = 4;
 
-/** How long one who leaves is given to take what is still due to it. */
-const LINGER_MILLISECONDS = 1_000;
+/** How long a client that leaves has to take the lines that wait for it. */
+const DRAIN_MILLISECONDS = 1_000;
+
+/** How long to wait for a TLS handshake, and for the password. */
+const ANSWER_MILLISECONDS = 30_000;
+
+/** How many wrong passwords are too many. */
+const PASSWORD_TRIES = 3;
 
 /** The first line of an HTTP request (RFC 9112, section 3), or its first piece,
  * if it is too long for one. */
 const HTTP_REQUEST = /^[A-Z]+ \S+ HTTP\/\d|^[A-Z]+ \S{4000,}$/;
 
-/** How a TLS handshake begins (RFC 8446, 5.1): it is no talk either. */
+/** How a TLS handshake begins (RFC 8446, 5.1). */
 const TLS_HANDSHAKE = [0x16, 0x03];
 
-/** What the server needs of a connection: TCP is one kind of door to the room. */
+/** What the server needs of a connection. TCP is one kind; an embedding program
+ * can bring others. */
 export interface Connection {
   /** Reads into `buffer`; resolves to the number of bytes, `null` at the end. */
   read(buffer: Uint8Array): Promise<number | null>;
@@ -1560,18 +1242,9 @@ export interface Connection {
   close(): void;
   /** Ends what is written (a half-close), where the connection can do that. */
   closeWrite?(): Promise<void>;
+  /** Resolves when bytes can be exchanged, if that takes more than a connection. */
+  handshake?(): Promise<unknown>;
 }
-
-/** What a client does not know itself but asks of its server. */
-interface ClientEvents {
-  /** A line that begins with a slash. */
-  command(client: Client, line: string): void;
-  /** It has left the room. */
-  left(client: Client, reason: string): void;
-}
-
-/** For one who is never let in: nobody hears of its leaving. */
-const UNHEARD: ClientEvents = { command() {}, left() {} };
 
 /** Closes what may be closed already. */
 function tryClose(connection: { close(): void }): void {
@@ -1580,67 +1253,50 @@ function tryClose(connection: { close(): void }): void {
   } catch { /* it was */ }
 }
 
-/** How many bytes the least read buffers are cut from: sixteen share one
- * allocation, which saves 0.6 KB a client (of 9.7). */
-const SLAB_BYTES = 4_096;
+/** Prints what happened to a client, with its name, the reason, and how many are
+ * connected. */
+type Report = (what: string, client: Client, reason?: string) => void;
 
-let slab = new ArrayBuffer(SLAB_BYTES), slabUsed = 0;
+class Client extends Person implements Sink {
+  readonly reader: Reader;
+  /** When it connected, in milliseconds of `performance.now`. */
+  readonly since = performance.now();
 
-function leastBuffer(): Uint8Array {
-  if (slabUsed === SLAB_BYTES) {
-    slab = new ArrayBuffer(SLAB_BYTES);
-    slabUsed = 0;
-  }
-  const buffer = new Uint8Array(slab, slabUsed, LEAST_READ_BYTES);
-  slabUsed += LEAST_READ_BYTES;
-  return buffer;
-}
-
-class Client extends Reader {
-  /** Who gets the next line instead of the room: the asker of a question. */
-  asker: ((line: string) => void) | null = null;
-  #leaving = false;
+  // It is closed when it has left and both directions have ended; at once if one
+  // of them fails; and at the latest when the time to drain is over.
+  left = false;
+  #inputEnded = false;
+  #outputEnded = false;
+  #outputFailed = false;
   #closed = false;
-  #deaf = false;
-  /** Nothing more will come from it. */
-  #ended = false;
-  /** All that is due to it has been written, and so will be the end. */
-  #finished = false;
-  /** The end of the stream has been written. */
-  #endWritten = false;
-  /** Its first line was looked at. */
-  #spoken = false;
-  /** How many bytes of a TLS handshake it began with; -1 if with others. */
-  #handshake = 0;
-  #buffer: Uint8Array = leastBuffer();
-  /** Made with the first words: many only listen. */
+
+  #buffer: Uint8Array = smallestBuffer();
+  /** Made with the first bytes: many clients only listen. */
   #splitter: LineSplitter | null = null;
-  /** Lines that wait for their time, from the byte at `#nextHeld` on. */
-  #held: Uint8Array = NO_BYTES;
-  #nextHeld = 0;
+  /** Lines that were not said yet, from the byte at `#nextLine` on. */
+  #lines: Uint8Array = NO_BYTES;
+  #nextLine = 0;
+  #firstLineSeen = false;
+  /** How many bytes of a TLS handshake it began with; -1 if with others. */
+  #tlsBytes = 0;
+  /** How many lines it may send now. */
   #tokens: number;
   #refilled = 0;
-  #pauseTimer: Timer | undefined;
-  /** For an answer that is asked for, and at the end for what is still due. */
+  #wake: (() => void) | null = null;
+  #wakeTimer: Timer | undefined;
   #deadline: Timer | undefined;
-  /** When it came, in milliseconds of `performance.now`. */
-  readonly since = performance.now();
 
   constructor(
     room: Room,
+    readonly access: Access,
     readonly connection: Connection,
-    /** Where it comes from: an address, and the port there. */
     readonly address: string,
     readonly port: number,
-    readonly events: ClientEvents,
+    readonly report: Report,
   ) {
     super(room);
+    this.reader = new Reader(room.log, this);
     this.#tokens = room.options.rate * BURST_SECONDS;
-  }
-
-  /** Whether it hears and says nothing more. */
-  get leaving(): boolean {
-    return this.#leaving;
   }
 
   /** Its address and port, in the usual form. */
@@ -1648,294 +1304,388 @@ class Client extends Reader {
     return formatAddress(this.address, this.port);
   }
 
+  /** The life of the client. While it is in the room this is the only function
+   * that waits: one more frame costs each client kilobytes. */
+  async live(): Promise<void> {
+    const { room, access, connection } = this;
+    if (connection.handshake) await this.#handshake();
+    if (access.asksPassword && !this.left) await this.#givePassword();
+    if (room.options.askName && !this.left) await this.#giveName();
+    else if (!this.left) this.#enter(room.options.raw ? "" : room.guestName());
+    while (!this.left) {
+      const pause = this.#pause();
+      if (this.#hasLine && pause === 0) this.#sayNext();
+      else if (this.#inputEnded && !this.#hasLine) this.leave("");
+      else if (pause > 0) await this.#sleep(pause);
+      else {
+        let count;
+        try {
+          count = await connection.read(this.#buffer);
+        } catch {
+          this.#readFailed();
+          continue;
+        }
+        this.#received(count);
+      }
+    }
+    // To close with unread input would reset the connection, and the last lines
+    // to the client could be lost.
+    while (!this.#inputEnded) {
+      await this.#read();
+      if (!this.#inputEnded) await this.#sleep(DISCARD_MILLISECONDS);
+    }
+    if (this.#outputEnded) this.#close();
+  }
+
+  // -- before it is in the room
+
+  async #handshake(): Promise<void> {
+    const fail = () => this.leave("no TLS", { drain: false });
+    this.#setDeadline(ANSWER_MILLISECONDS, fail);
+    await this.connection.handshake!().catch(fail);
+    if (!this.left) clearTimeout(this.#deadline);
+  }
+
+  async #givePassword(): Promise<void> {
+    // In a raw room the question is the only line that is not a relayed one.
+    const answer = (text: string) => this.room.options.raw || this.tell(text);
+    this.#setDeadline(ANSWER_MILLISECONDS, () => {
+      answer("! That took too long.\n");
+      this.leave("no password");
+    });
+    for (let tries = 0; tries < PASSWORD_TRIES; tries++) {
+      const line = await this.ask("* This room has a password. What is it?\n");
+      if (line === null) return;
+      if (this.access.isPassword(line)) {
+        clearTimeout(this.#deadline);
+        return this.report("Password given by", this);
+      }
+      answer("! That is not the password.\n");
+    }
+    this.leave("no password");
+  }
+
+  /** Asks for a name, as Protohackers' Budget Chat does. */
+  async #giveName(): Promise<void> {
+    const line = await this.ask("* Welcome to Parley. What is your name?\n");
+    if (line === null) return;
+    const name = normalizeName(line);
+    const problem = this.room.nameProblem(name, this);
+    if (problem !== null) {
+      this.tell(`! ${problem} Join again with another.\n`);
+      return this.leave("no name");
+    }
+    this.#enter(name!);
+    this.report("Name given by", this);
+  }
+
+  /** Asks, and resolves to the next line that the client sends; to `null` if it
+   * leaves instead. */
+  async ask(question: string): Promise<string | null> {
+    this.tell(question);
+    while (!this.left) {
+      const pause = this.#pause();
+      if (this.#hasLine && pause === 0) return this.#takeLine();
+      if (this.#inputEnded && !this.#hasLine) this.leave("");
+      else await (pause > 0 ? this.#sleep(pause) : this.#read());
+    }
+    return null;
+  }
+
+  /** Greets the client, and lets it into the room. */
+  #enter(name: string): void {
+    const { room } = this, { raw, askName } = room.options;
+    if (raw) return this.reader.follow();
+    const welcome =
+      `* Welcome, ${name}. Type to talk, /nick NAME for a name, /help for more.\n`;
+    this.reader.insert(encoder.encode(
+      askName ? room.whoIsHere() : welcome + room.whoIsHere("nobody else yet"),
+    ));
+    for (const part of room.history) this.reader.insert(part, 0);
+    if (this.left) return; // too slow for so much
+    room.enter(this, name);
+    this.reader.flush();
+  }
+
   // -- reading
 
-  /** Reads on until the end. */
-  read(): void {
-    try {
-      this.connection.read(this.#buffer).then(this.#received, this.#readFailed);
-    } catch {
-      this.#readFailed();
-    }
+  get #hasLine(): boolean {
+    return this.#nextLine < this.#lines.length;
   }
 
-  #received = (count: number | null): void => {
-    if (this.#closed) return;
-    if (count === null) {
-      this.#ended = true;
-      if (this.#leaving) return this.#endWritten ? this.#close() : undefined;
-      this.#held = this.#splitter?.end() ?? NO_BYTES;
-    } else {
-      if (this.#leaving) { // look at nothing more of it, and not too often
-        this.#pauseTimer = setTimeout(() => this.read(), DISCARD_MILLISECONDS);
-        return;
-      }
-      const chunk = this.#buffer.subarray(0, count);
-      if (this.#handshake >= 0 && this.#beginsTls(chunk)) {
-        return this.leave("TLS, which is off");
-      }
-      this.#splitter ??= new LineSplitter();
-      this.#held = this.#splitter.push(chunk);
-      if (this.#held.length === 0) this.#payForNothing(count);
-      this.#sizeBuffer(count);
-      if (this.#splitter.reply) this.#replyToTelnet(this.#splitter.reply);
-    }
-    this.#hearHeld();
-  };
-
-  /** Whether its first bytes, which may come one by one, begin a handshake. */
-  #beginsTls(chunk: Uint8Array): boolean {
-    for (const byte of chunk) {
-      if (byte !== TLS_HANDSHAKE[this.#handshake++]) {
-        this.#handshake = -1;
-        return false;
-      }
-      if (this.#handshake === TLS_HANDSHAKE.length) return true;
-    }
-    return false;
-  }
-
-  #readFailed = (): void => {
-    if (this.#leaving) this.#close();
-    else this.leave("", { drain: false });
-  };
-
-  #sizeBuffer(count: number): void {
-    const size = this.#buffer.length;
-    const paced = this.room.options.rate > 0;
-    const most = paced ? RESTING_READ_BYTES : MOST_READ_BYTES;
-    if (count === size) {
-      if (size < most) this.#buffer = new Uint8Array(Math.min(size * 8, most));
-    } else if (count <= LEAST_READ_BYTES) {
-      if (size > LEAST_READ_BYTES) this.#buffer = leastBuffer();
-    } else if (size > RESTING_READ_BYTES) {
-      this.#buffer = new Uint8Array(RESTING_READ_BYTES);
-    }
-  }
-
-  /** Bytes that make no line cost what as many of a long line would: they are
-   * work, and could keep the server from everyone else. */
-  #payForNothing(count: number): void {
-    this.#tokens -= count / LINE_BYTES;
-    this.room.countInput(count);
-  }
-
-  #replyToTelnet(reply: Uint8Array): void {
-    this.#splitter!.reply = null;
-    this.room.tell(this, reply);
-    this.#tokens--; // it costs a line, or it could be had without a bound
-  }
-
-  /** Gives the lines held to the room, as fast as they may come, and then reads
-   * on: what is not read, TCP holds back at the sender. Nothing is dropped. */
-  #hearHeld(): void {
-    for (;;) {
-      const done = this.#nextHeld === this.#held.length;
-      if (this.#leaving || (done && this.#ended)) break;
-      const pause = this.#pause();
-      if (pause !== null) {
-        this.#pauseTimer = setTimeout(() => this.#hearHeld(), pause);
-        return;
-      }
-      if (done) break;
-      this.#hearSome();
-    }
-    if (this.#closed) return;
-    this.#held = NO_BYTES;
-    this.#nextHeld = 0;
-    if (!this.#ended) this.read();
-    else if (!this.#leaving) this.leave("");
-  }
-
-  /** How many milliseconds the next line has to wait, or `null`. */
-  #pause(): number | null {
+  /** How many milliseconds the client has to wait. What is not read, TCP holds
+   * back at the sender: nothing is dropped. */
+  #pause(): number {
     if (this.room.crowded) return Math.random() * CROWDED_MILLISECONDS;
     const { rate } = this.room.options;
-    if (rate === 0) return null;
+    if (rate === 0) return 0;
     // A token bucket: `rate` lines a second, BURST_SECONDS' worth at most.
     const now = performance.now();
     const earned = (now - this.#refilled) * rate / 1_000;
     this.#tokens = Math.min(this.#tokens + earned, rate * BURST_SECONDS);
     this.#refilled = now;
-    return this.#tokens >= 1 ? null : (1 - this.#tokens) * 1_000 / rate;
+    return this.#tokens >= 1 ? 0 : (1 - this.#tokens) * 1_000 / rate;
   }
 
-  /** Hears the next lines held: a run of talk as one entry, or one other line. */
-  #hearSome(): void {
-    const held = this.#held, start = this.#nextHeld;
-    let end = held.indexOf(LF, start) + 1;
-    this.#nextHeld = end;
-    const first = () => decoder.decode(held.subarray(start, end - 1));
-    if (!this.#spoken) {
-      this.#spoken = true;
-      if (HTTP_REQUEST.test(first())) return this.#refuseHttp();
+  #sleep(milliseconds: number): Promise<void> {
+    return new Promise((resolve) => {
+      this.#wake = resolve;
+      this.#wakeTimer = setTimeout(resolve, milliseconds);
+    });
+  }
+
+  async #read(): Promise<void> {
+    let count;
+    try {
+      count = await this.connection.read(this.#buffer);
+    } catch {
+      return this.#readFailed();
     }
-    const { rate, raw } = this.room.options;
-    if (this.asker !== null || (!raw && held[start] === SLASH)) {
-      this.#tokens--;
-      if (this.asker !== null) this.asker(first());
-      else this.events.command(this, first());
+    this.#received(count);
+  }
+
+  #readFailed(): void {
+    this.#inputEnded = true;
+    if (this.left) this.#close();
+    else this.leave("", { drain: false });
+  }
+
+  #received(count: number | null): void {
+    if (count === null) this.#inputEnded = true;
+    if (this.left) return; // nothing more of it is looked at
+    this.#nextLine = 0;
+    if (count === null) {
+      this.#lines = this.#splitter?.end() ?? NO_BYTES;
       return;
     }
-    const most = rate === 0
-      ? ENTRY_LINES
-      : Math.min(Math.floor(this.#tokens), ENTRY_LINES);
-    let lines = 1;
-    while (
-      end < held.length && lines < most && end - start < ENTRY_BYTES &&
-      (raw || held[end] !== SLASH)
-    ) {
-      end = held.indexOf(LF, end) + 1;
-      lines++;
+    const chunk = this.#buffer.subarray(0, count);
+    if (this.#beginsTls(chunk)) return this.leave("TLS, which is off");
+    this.#splitter ??= new LineSplitter();
+    this.#lines = this.#splitter.push(chunk);
+    if (this.#lines.length === 0) this.#chargeForJunk(count);
+    this.#sizeBuffer(count);
+    const { reply } = this.#splitter;
+    if (reply === null) return;
+    this.#splitter.reply = null;
+    this.reader.insert(reply);
+    this.reader.flush();
+    this.#tokens--; // it costs a line, so that replies have a bound
+  }
+
+  /** Whether its first bytes, which may come one by one, begin a handshake. */
+  #beginsTls(chunk: Uint8Array): boolean {
+    if (this.#tlsBytes < 0) return false;
+    for (const byte of chunk) {
+      if (byte !== TLS_HANDSHAKE[this.#tlsBytes++]) {
+        this.#tlsBytes = -1;
+        return false;
+      }
+      if (this.#tlsBytes === TLS_HANDSHAKE.length) return true;
     }
-    this.#nextHeld = end;
-    this.#tokens -= lines;
-    this.room.relay(this, held.subarray(start, end));
+    return false;
+  }
+
+  /** Bytes that make no line cost like as many of a long line: they are work, and
+   * could keep the server from everyone else. */
+  #chargeForJunk(count: number): void {
+    this.#tokens -= count / LINE_BYTES;
+    this.room.countBytes(count);
+  }
+
+  #sizeBuffer(count: number): void {
+    const size = this.#buffer.length;
+    const most = this.room.options.rate > 0
+      ? MODEST_READ_BYTES
+      : LARGEST_READ_BYTES;
+    if (count === size) {
+      if (size < most) this.#buffer = new Uint8Array(Math.min(size * 8, most));
+    } else if (count <= SMALLEST_READ_BYTES) {
+      if (size > SMALLEST_READ_BYTES) this.#buffer = smallestBuffer();
+    } else if (size > MODEST_READ_BYTES) {
+      this.#buffer = new Uint8Array(MODEST_READ_BYTES);
+    }
+  }
+
+  // -- talking
+
+  /** Says the next lines: public ones together, or one other. */
+  #sayNext(): void {
+    if (!this.#firstLineSeen) {
+      this.#firstLineSeen = true;
+      if (HTTP_REQUEST.test(this.#peekLine())) return this.#refuseHttp();
+    }
+    const { rate, raw } = this.room.options;
+    const lines = this.#lines, start = this.#nextLine;
+    if (!raw && lines[start] === SLASH) {
+      return runCommand(COMMANDS, this, this.#takeLine());
+    }
+    const most = rate === 0
+      ? APPENDED_LINES
+      : Math.min(Math.floor(this.#tokens), APPENDED_LINES);
+    let end = start, count = 0;
+    do {
+      end = lines.indexOf(LF, end) + 1;
+      count++;
+    } while (
+      end < lines.length && count < most && end - start < APPENDED_BYTES &&
+      (raw || lines[end] !== SLASH)
+    );
+    this.#nextLine = end;
+    this.#tokens -= count;
+    this.room.say(this, lines.subarray(start, end));
+  }
+
+  #peekLine(): string {
+    const end = this.#lines.indexOf(LF, this.#nextLine);
+    return decoder.decode(this.#lines.subarray(this.#nextLine, end));
+  }
+
+  #takeLine(): string {
+    const line = this.#peekLine();
+    this.#nextLine = this.#lines.indexOf(LF, this.#nextLine) + 1;
+    this.#tokens--;
+    return line;
   }
 
   #refuseHttp(): void {
     const text = "This is a Parley chat room, not a web site.\n" +
       "Join it from a terminal: nc HOST PORT\n";
-    this.room.tell(
-      this,
+    this.tell(
       `HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n` +
         `Content-Length: ${text.length}\r\nConnection: close\r\n\r\n${text}`,
     );
     this.leave("a web request");
   }
 
-  // -- hearing
+  // -- receiving
 
-  protected write(bytes: Uint8Array): Promise<number> {
+  write(bytes: Uint8Array): Promise<number> {
     return this.connection.write(bytes);
   }
 
-  protected override writeFailed(): void {
-    // It is gone, but may have said something before: the read will tell.
-    this.#deaf = true;
-    if (this.#leaving) this.#close();
+  writeFailed(): void {
+    // It may have said something before: the read will tell that it is gone.
+    this.#outputFailed = true;
+    if (this.left) this.#close();
   }
 
   tooSlow(): void {
-    if (this.#leaving) this.#close();
+    if (this.left) this.#close();
     else this.leave(TOO_SLOW, { drain: false });
   }
 
   // -- leaving
 
-  /** Does something unless the deadline is lifted before. */
-  setDeadline(milliseconds: number, late: () => void): void {
-    this.liftDeadline();
-    this.#deadline = setTimeout(late, milliseconds);
-  }
-
-  liftDeadline(): void {
-    clearTimeout(this.#deadline);
-  }
-
-  /** Sends it away, and tells it why. */
-  dismiss(how: "kicked" | "banned", why: string): void {
+  /** Disconnects it, and tells it why. */
+  disconnect(how: "kicked" | "banned", why: string): void {
     const reason = why ? `${how}: ${why}` : how;
-    if (!this.room.options.raw) this.room.tell(this, `! You were ${reason}.\n`);
+    if (!this.room.options.raw) this.tell(`! You were ${reason}.\n`);
     this.leave(reason);
   }
 
-  /** Leaves the room. What it has not heard yet is still sent, for a second at
-   * most, unless `drain` is false. */
+  /** Leaves the room. The lines before that are still written, for
+   * {@linkcode DRAIN_MILLISECONDS} at most, unless `drain` is false. */
   leave(reason: string, { drain = true } = {}): void {
-    if (this.#leaving) {
-      if (this.room.closed && this.#endWritten) this.#close();
+    if (this.left) {
+      if (this.room.closed && this.#outputEnded) this.#close();
       return;
     }
-    this.#leaving = true;
-    this.endLog();
+    this.left = true;
     this.room.leave(this, reason);
-    this.events.left(this, reason);
-    if (!drain || this.#deaf) return this.#close();
-    this.setDeadline(LINGER_MILLISECONDS, () => this.#close());
-    this.pump();
+    this.access.release(this.address);
+    this.report("Connection closed by", this, reason);
+    if (!drain || this.#outputFailed) return this.#close();
+    this.#setDeadline(DRAIN_MILLISECONDS, () => this.#close());
+    this.#stopSleeping();
+    this.reader.end();
   }
 
-  protected finished(): void {
-    if (this.#finished) return;
-    this.#finished = true;
-    this.#endWrite();
-  }
-
-  async #endWrite(): Promise<void> {
-    const { connection } = this;
-    if (!connection.closeWrite) return this.#close();
+  async drained(): Promise<void> {
+    if (!this.connection.closeWrite) return this.#close();
     try {
-      // To close with something unread would reset the connection, and what was
-      // sent last could be lost on the way: end this side, and await the other.
-      await connection.closeWrite();
-      this.#endWritten = true;
-      if (!this.#ended && !this.room.closed) return;
+      await this.connection.closeWrite();
+      this.#outputEnded = true;
+      if (!this.#inputEnded && !this.room.closed) return;
     } catch { /* it is gone */ }
     this.#close();
   }
 
   #close(): void {
     if (this.#closed) return;
-    this.#closed = true;
-    clearTimeout(this.#pauseTimer);
-    this.liftDeadline();
-    this.dropLog();
-    this.#buffer = NO_BYTES;
-    this.#held = NO_BYTES;
+    this.#closed = this.#inputEnded = true;
+    this.#stopSleeping();
+    clearTimeout(this.#deadline);
+    this.reader.stop();
+    this.#buffer = this.#lines = NO_BYTES;
     this.#splitter = this.ignored = null;
     tryClose(this.connection);
-    this.room.forget(this);
+    this.room.forget(this.reader);
+  }
+
+  #stopSleeping(): void {
+    clearTimeout(this.#wakeTimer);
+    this.#wake?.();
+  }
+
+  #setDeadline(milliseconds: number, late: () => void): void {
+    clearTimeout(this.#deadline);
+    this.#deadline = setTimeout(late, milliseconds);
   }
 }
 
+/** A part of an allocation that several clients share, which saves 0.6 KB each. */
+function smallestBuffer(): Uint8Array {
+  const { buffer, byteOffset } = Buffer.allocUnsafe(SMALLEST_READ_BYTES);
+  return new Uint8Array(buffer, byteOffset, SMALLEST_READ_BYTES);
+}
+
 // ---------------------------------------------------------------------------
-// Commands: what a line that begins with a slash does. /help is printed from
-// the same table.
+// Commands: what a line that begins with a slash does. /help is printed from the
+// same table.
 // ---------------------------------------------------------------------------
 
-interface Command<Actor extends Reader> {
+interface Command<Actor extends Person> {
   name: string;
-  /** What is typed after the name: needed, unless it stands in brackets. */
+  /** What is typed after the name: required, unless it is in brackets. */
   arguments?: string;
   help: string;
   run(actor: Actor, text: string): void;
 }
 
-/** The first word of a command's text, and what stands after it. */
+/** The first word of a command's text, and the rest of it. */
 function firstWord(text: string): [word: string, rest: string] {
   const [, word, rest] = /^(\S*)\s*(.*)$/.exec(text)!;
   return [word, rest];
 }
 
-/** Does what a line that begins with a slash says. */
-function obey<Actor extends Reader>(
+/** Runs the command of a line that begins with a slash. */
+function runCommand<Actor extends Person>(
   commands: Command<Actor>[],
   actor: Actor,
   line: string,
 ): void {
   if (line.charCodeAt(1) === SLASH) {
-    return actor.room.say(actor, line.slice(1));
+    return actor.room.say(actor, encoder.encode(line.slice(1) + "\n"));
   }
   const [name, rest] = firstWord(line.slice(1));
   const text = rest.trimEnd(); // not by the expression: that is quadratic
   const command = commands.find((it) => it.name === name.toLowerCase());
   if (command !== undefined) {
     const missing = text === "" && /^\w/.test(command.arguments ?? "");
-    if (missing) fail(actor, `Type ${usage(command)}.`);
+    if (missing) answerError(actor, `Type ${usage(command)}.`);
     else command.run(actor, text);
   } else if (name.toLowerCase() === "help") {
-    actor.room.tell(actor, helpLines(commands));
+    actor.tell(helpLines(commands));
   } else {
     const typed = name.slice(0, 24);
-    fail(
+    answerError(
       actor,
       `There is no command /${typed}. Type /help for a list, //${typed} to say it.`,
     );
   }
 }
 
-function helpLines<Actor extends Reader>(commands: Command<Actor>[]): string {
+function helpLines<Actor extends Person>(commands: Command<Actor>[]): string {
   const rows = [
     ["/help", "this list"],
     ...commands.map((command) => [usage(command), command.help]),
@@ -1952,23 +1702,28 @@ function usage({ name, arguments: args }: Command<never>): string {
   return args ? `/${name} ${args}` : `/${name}`;
 }
 
-/** Tells a reader what was wrong with its command, and what to do. */
-function fail(reader: Reader, text: string): void {
-  reader.room.tell(reader, `! ${text}\n`);
+/** Tells a person what was wrong with a command, and what to do. */
+function answerError(person: Person, text: string): void {
+  person.tell(`! ${text}\n`);
 }
 
-function findPerson(asker: Reader, name: string): Reader | null {
+/** The person of that name; if there is none, `asker` is told so. */
+function findPerson(asker: Person, name: string): Person | undefined {
   const person = asker.room.find(name);
-  if (person) return person;
-  fail(asker, `Nobody here is called ${name}. Type /who for who is here.`);
-  return null;
+  if (!person) {
+    answerError(
+      asker,
+      `Nobody here is called ${name}. Type /who for who is here.`,
+    );
+  }
+  return person;
 }
 
-/** What a reason that the server gives begins with; typed, it is put in quotes. */
+/** How the reasons that the server gives begin; such a one is quoted if typed. */
 const SERVER_REASON =
   /^\P{L}*(too slow|kicked|banned|TLS|a web request|no (?:name|password|TLS))/iu;
 
-/** How many people one can ignore. */
+/** How many people one person can ignore. */
 const MOST_IGNORED = 1_000;
 
 const COMMANDS: Command<Client>[] = [
@@ -1978,10 +1733,12 @@ const COMMANDS: Command<Client>[] = [
     help: "take another name",
     run(client, text) {
       const { room } = client, name = normalizeName(text);
-      const refusal = room.refusal(name, client);
-      if (refusal) fail(client, `${refusal} Choose one with /nick NAME.`);
-      else if (name === client.name) fail(client, `You are ${name} already.`);
-      else {
+      const problem = room.nameProblem(name, client);
+      if (problem) {
+        answerError(client, `${problem} Choose one with /nick NAME.`);
+      } else if (name === client.name) {
+        answerError(client, `You are ${name} already.`);
+      } else {
         room.notice(`${client.name} is now known as ${name}`);
         room.setName(client, name!);
       }
@@ -1990,13 +1747,16 @@ const COMMANDS: Command<Client>[] = [
   {
     name: "who",
     help: "who is here",
-    run: (client) => client.room.tell(client, client.room.whoIsHere()),
+    run: (client) => client.tell(client.room.whoIsHere()),
   },
   {
     name: "me",
     arguments: "ACTION",
     help: "do something: /me waves",
-    run: (client, text) => client.room.say(client, text, `** ${client.name} `),
+    run(client, text) {
+      const line = encoder.encode(text + "\n");
+      client.room.say(client, line, `** ${client.name} `);
+    },
   },
   {
     name: "msg",
@@ -2004,7 +1764,7 @@ const COMMANDS: Command<Client>[] = [
     help: "say something to one person alone",
     run(client, text) {
       const [name, message] = firstWord(text);
-      if (!message) return fail(client, `Type /msg NAME TEXT.`);
+      if (!message) return answerError(client, "Type /msg NAME TEXT.");
       const person = findPerson(client, name);
       if (person) client.room.sayPrivately(client, person, message);
     },
@@ -2014,12 +1774,15 @@ const COMMANDS: Command<Client>[] = [
     arguments: "TEXT",
     help: "answer the last who spoke to you alone",
     run(client, text) {
-      const { room, correspondent } = client;
-      if (correspondent === null) {
-        fail(client, "Nobody has spoken to you alone. Type /msg NAME TEXT.");
-      } else if (room.find(correspondent.name) !== correspondent) {
-        fail(client, `${correspondent.name} has left the room.`);
-      } else room.sayPrivately(client, correspondent, text);
+      const { room, replyTo } = client;
+      if (replyTo === null) {
+        answerError(
+          client,
+          "Nobody has spoken to you alone. Type /msg NAME TEXT.",
+        );
+      } else if (room.find(replyTo.name) !== replyTo) {
+        answerError(client, `${replyTo.name} has left the room.`);
+      } else room.sayPrivately(client, replyTo, text);
     },
   },
   {
@@ -2028,17 +1791,20 @@ const COMMANDS: Command<Client>[] = [
     help: "do not hear NAME (again to stop that)",
     run(client, text) {
       const person = findPerson(client, text);
-      if (person === null) return;
+      if (!person) return;
       const { name } = person;
-      if (person === client) fail(client, "That is you. Type another's name.");
-      else if (client.stopIgnoring(person)) {
-        client.room.tell(client, `* You hear ${name} again.\n`);
-      } else if (client.countIgnored() === MOST_IGNORED) {
-        fail(client, `You ignore ${MOST_IGNORED} people, which is the most.`);
+      if (person === client) {
+        answerError(client, "That is you. Type another's name.");
+      } else if (client.stopIgnoring(person)) {
+        client.tell(`* You hear ${name} again.\n`);
+      } else if (client.ignored?.size === MOST_IGNORED) {
+        answerError(
+          client,
+          `You ignore ${MOST_IGNORED} people, which is the most.`,
+        );
       } else {
         client.ignore(person);
-        client.room.tell(
-          client,
+        client.tell(
           `* You do not hear ${name} now. Type /ignore ${name} to stop that.\n`,
         );
       }
@@ -2048,16 +1814,13 @@ const COMMANDS: Command<Client>[] = [
     name: "quiet",
     help: "do not hear who enters and leaves (again to stop that)",
     run(client) {
-      const { room } = client;
-      if (room.quiet.delete(client)) {
-        room.tell(client, "* You hear who enters and leaves again.\n");
-      } else {
-        room.quiet.add(client);
-        room.tell(
-          client,
-          "* You do not hear who enters and leaves now. Type /quiet to stop that.\n",
-        );
+      if (client.room.quiet.delete(client)) {
+        return client.tell("* You hear who enters and leaves again.\n");
       }
+      client.room.quiet.add(client);
+      client.tell(
+        "* You do not hear who enters and leaves now. Type /quiet to stop that.\n",
+      );
     },
   },
   {
@@ -2070,62 +1833,490 @@ const COMMANDS: Command<Client>[] = [
 ];
 
 // ---------------------------------------------------------------------------
-// Gate: who may come in at all, by address and by password.
+// Server: the listener, the clients that it admits, and the end.
 // ---------------------------------------------------------------------------
 
-class Gate {
+/** How long to wait when the system accepts no connections for the moment, and
+ * how often at most to say that it does not. */
+const ACCEPT_RETRY_MILLISECONDS = 100, ACCEPT_REPORT_MILLISECONDS = 60_000;
+
+/** Where a server's own words go; by default nowhere. */
+export interface Reports {
+  /** Clients that connect and leave, a line each. */
+  print?: (line: string) => void;
+  /** What went wrong, a line each. */
+  warn?: (line: string) => void;
+}
+
+/**
+ * A chat room on a TCP port.
+ *
+ * @example A room for as long as a block runs
+ * ```ts
+ * import { assertEquals } from "@std/assert";
+ * import { ChatServer } from "./main.ts";
+ *
+ * await using server = ChatServer.listen({
+ *   host: "127.0.0.1",
+ *   port: 0,
+ *   raw: true,
+ * });
+ * using alice = await Deno.connect({ port: server.addr.port });
+ * using bob = await Deno.connect({ port: server.addr.port });
+ * await alice.write(new TextEncoder().encode("hello\n"));
+ *
+ * const buffer = new Uint8Array(100);
+ * const count = await bob.read(buffer);
+ * assertEquals(new TextDecoder().decode(buffer.subarray(0, count!)), "hello\n");
+ * ```
+ */
+export class ChatServer implements AsyncDisposable {
+  /** The address that it listens on, with the real port where 0 was asked for. */
+  readonly addr: Deno.NetAddr;
+  /** Resolves when the server has stopped and every connection is closed. */
+  readonly finished: Promise<void>;
+  readonly #options: Options;
+  readonly #reports: Required<Reports>;
+  readonly #room: Room;
+  readonly #access: Access;
+  readonly #tls: Tls | null;
+  readonly #transcript: Transcript | null;
+  readonly #listener: Deno.TcpListener;
+  readonly #accepting: Promise<void>;
+  #stopped: Promise<void> | null = null;
+  #lastAcceptReport = -Infinity;
+
+  /** Use {@linkcode ChatServer.listen}. */
+  private constructor(options: Options, reports: Reports) {
+    this.#options = options;
+    this.#reports = {
+      print: guarded(reports.print),
+      warn: guarded(reports.warn),
+    };
+    // The files first: nobody shall connect to a room that does not open.
+    const { host, port, tlsCert, tlsKey, log } = options;
+    this.#room = new Room(options);
+    this.#access = new Access(options);
+    this.#tls = tlsCert ? new Tls(tlsCert, tlsKey) : null;
+    this.#transcript = this.#room.transcript = log
+      ? new Transcript(log, this.#room, this.#reports.warn)
+      : null;
+    try {
+      this.#listener = Deno.listen({ hostname: host, port });
+    } catch (error) {
+      this.#transcript?.close();
+      throw openError(`Cannot listen on ${formatAddress(host, port)}`, error, {
+        flags: "--allow-net",
+        denied: "choose a --port above 1023",
+        other: "choose an address with --host",
+      });
+    }
+    this.addr = this.#listener.addr as Deno.NetAddr;
+    this.#accepting = this.#accept();
+    this.finished = this.#accepting.then(() => this.stop());
+  }
+
+  /**
+   * Opens a room.
+   *
+   * @param options what differs from the defaults of the command line
+   * @param reports where clients that connect and leave, and troubles, are told
+   * @returns the server, which accepts connections already
+   * @throws {UsageError} if an option is out of its range, or contradicts another
+   * @throws {OpenError} if a file cannot be read or written, or the address and
+   * port cannot be listened on; what the system said is its `cause`
+   *
+   * @example
+   * ```ts
+   * import { ChatServer } from "./main.ts";
+   *
+   * const server = ChatServer.listen({ host: "127.0.0.1", port: 0, rate: 5 });
+   * setTimeout(() => server.stop(), 100);
+   * await server.finished;
+   * ```
+   */
+  static listen(
+    options: Partial<Options> = {},
+    reports: Reports = {},
+  ): ChatServer {
+    checkOptions(options);
+    const history = options.askName ? 0 : DEFAULTS.history;
+    const given = Object.entries(options).filter(([, it]) => it !== undefined);
+    return new ChatServer(
+      { ...DEFAULTS, history, ...Object.fromEntries(given) },
+      reports,
+    );
+  }
+
+  /**
+   * Stops the server: it admits nobody any more, tells everyone
+   * `Shutdown Server`, gives each a second to take the lines that wait, and
+   * disconnects them.
+   *
+   * @returns a promise that resolves when everyone is disconnected
+   *
+   * @example
+   * ```ts
+   * import { ChatServer } from "./main.ts";
+   *
+   * const server = ChatServer.listen({ host: "127.0.0.1", port: 0 });
+   * await server.stop();
+   * ```
+   */
+  stop(): Promise<void> {
+    // Later, as what it does can let promises run that call this again.
+    return this.#stopped ??= Promise.resolve().then(() => this.#stop());
+  }
+
+  /**
+   * Lets an operator speak as `host`, receive what everyone receives, and keep
+   * order by the commands that `/help` lists.
+   *
+   * @param lines what the operator types; its end leaves the room running
+   * @param print where lines for the operator go
+   * @returns a promise that resolves at the end of `lines`
+   *
+   * @example
+   * ```ts
+   * import { ChatServer } from "./main.ts";
+   *
+   * await using server = ChatServer.listen({ host: "127.0.0.1", port: 0 });
+   * const typed = ReadableStream.from(["hello, everyone", "/who"]);
+   * await server.operate(typed, (line) => console.log(line));
+   * ```
+   */
+  async operate(
+    lines: AsyncIterable<string>,
+    print: (line: string) => void,
+  ): Promise<void> {
+    if (this.#room.closed) return;
+    const operator = new Operator(
+      this.#room,
+      this.#access,
+      guarded(print),
+      () => this.stop(),
+    );
+    this.#room.readers.add(operator.reader);
+    for await (const line of lines) operator.type(line);
+  }
+
+  /** Stops the server at the end of an `await using` block. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.stop();
+  }
+
+  async #stop(): Promise<void> {
+    this.#reports.print("Shutdown Server ......");
+    this.#room.close();
+    this.#listener.close();
+    for (const { sink } of this.#room.readers) sink.leave("");
+    await Promise.all([this.#room.emptied(), this.#transcript?.close()]);
+    await this.#accepting; // only then is the port free
+  }
+
+  async #accept(): Promise<void> {
+    while (!this.#room.closed) {
+      try {
+        for await (const conn of this.#listener) {
+          try {
+            conn.setNoDelay(true); // a line does not wait for the next one
+            conn.setKeepAlive(true); // clients that vanish are noticed some day
+            this.admit(this.#tls?.connect(conn) ?? conn, conn.remoteAddr);
+          } catch (error) { // of this connection alone
+            tryClose(conn);
+            this.#reports.warn(`Cannot admit a connection: ${reason(error)}`);
+          }
+        }
+        return; // the listener is closed
+      } catch (error) {
+        // Out of descriptors, for example. The listener itself is still good.
+        if (this.#room.closed) return;
+        if (
+          error instanceof Deno.errors.ConnectionAborted ||
+          error instanceof Deno.errors.NotConnected
+        ) continue; // that client has gone again
+        this.#reportAccept(error);
+        await delay(ACCEPT_RETRY_MILLISECONDS);
+      }
+    }
+  }
+
+  #reportAccept(error: unknown): void {
+    const now = performance.now();
+    if (now - this.#lastAcceptReport < ACCEPT_REPORT_MILLISECONDS) return;
+    this.#lastAcceptReport = now;
+    this.#reports.warn(
+      `Cannot accept connections for now: ${reason(error)} ` +
+        `(newcomers wait; a higher ulimit -n lets more in)`,
+    );
+  }
+
+  /**
+   * Admits a client that does not come by the TCP port: anything that can be read
+   * and written, such as a Unix socket or a WebSocket.
+   *
+   * @param connection the connection, which belongs to the server from now on
+   * @param remote where it comes from; limits hold for each `hostname`
+   *
+   * @example A Unix socket beside the TCP port
+   * ```ts
+   * import { ChatServer } from "./main.ts";
+   *
+   * await using server = ChatServer.listen({ host: "127.0.0.1", port: 0 });
+   * const path = `${await Deno.makeTempDir()}/parley.sock`;
+   * using listener = Deno.listen({ transport: "unix", path });
+   * using _guest = await Deno.connect({ transport: "unix", path });
+   * server.admit(await listener.accept(), { hostname: path, port: 0 });
+   * ```
+   */
+  admit(
+    connection: Connection,
+    remote: { hostname: string; port: number },
+  ): void {
+    const address = plainAddress(remote.hostname);
+    if (this.#room.closed || !this.#access.admits(address)) {
+      return tryClose(connection);
+    }
+    const refusal = this.#access.take(address);
+    if (refusal !== null) {
+      refuse(connection, refusal);
+      return;
+    }
+    const client = new Client(
+      this.#room,
+      this.#access,
+      connection,
+      address,
+      remote.port,
+      this.#report,
+    );
+    this.#room.readers.add(client.reader);
+    client.live();
+    this.#report("New Connection from", client);
+  }
+
+  readonly #report: Report = (what, { origin, name }, reason = "") => {
+    if (this.#options.quiet || this.#room.closed) return;
+    const who = (name && `${name}, `) + (reason && `${reason}, `);
+    this.#reports.print(`${what} ${origin} (${who}${this.#access.here} here)`);
+  };
+}
+
+/** Tells a connection why it is refused, and closes it. */
+async function refuse(connection: Connection, why: string): Promise<void> {
+  const deadline = setTimeout(() => tryClose(connection), DRAIN_MILLISECONDS);
+  try {
+    await connection.handshake?.();
+    await writeAll(connection, encoder.encode(`! ${why}\n`));
+    await connection.closeWrite?.();
+    // To close with unread input would reset it, and lose the line.
+    const rest = new Uint8Array(SMALLEST_READ_BYTES);
+    while (await connection.read(rest) !== null) {
+      await delay(DISCARD_MILLISECONDS);
+    }
+  } catch { /* it is gone */ }
+  clearTimeout(deadline);
+  tryClose(connection);
+}
+
+/** An embedding program's function, whose errors are that program's own. */
+function guarded(report?: (line: string) => void): (line: string) => void {
+  return (line) => {
+    try {
+      report?.(line);
+    } catch (error) {
+      reportError(error);
+    }
+  };
+}
+
+// ---------------------------------------------------------------------------
+// Access: which addresses are admitted, how many clients, and the password.
+// ---------------------------------------------------------------------------
+
+class Access {
   /** The addresses that the operator has banned. */
   readonly banned = new Set<string>();
-  #admits: (address: string) => boolean = () => true;
-  #isPassword: ((text: string) => boolean) | null = null;
+  /** How many clients are connected. */
+  here = 0;
+  /** How many of them from each address. */
+  readonly #addresses = new Map<string, number>();
+  readonly #allows: (address: string) => boolean;
+  /** Whether a text is the password; `null` if none is asked for. */
+  readonly #isPassword: ((text: string) => boolean) | null;
 
-  /** Whether its rules can be applied. */
-  readonly ready: Promise<void>;
+  constructor(readonly options: Options) {
+    const { allow, passwordFile } = options;
+    this.#allows = allow.length > 0 ? networkTest(allow) : () => true;
+    this.#isPassword = passwordFile
+      ? passwordTest(readPassword(passwordFile))
+      : null;
+  }
 
-  /** @param password what must be given, if it is not empty */
-  constructor(networks: string[], password: string) {
-    this.ready = Promise.all([
-      networks.length > 0 ? this.#useNetworks(networks) : null,
-      password ? this.#usePassword(password) : null,
-    ]).then(() => {});
+  /** Whether clients from this address are admitted at all. */
+  admits(address: string): boolean {
+    return !this.banned.has(address) && this.#allows(address);
+  }
+
+  /** Counts a client, or tells why there is no place for it. */
+  take(address: string): string | null {
+    const { maxClients, maxPerAddress } = this.options;
+    const fromHere = this.#addresses.get(address) ?? 0;
+    if (this.here >= maxClients) return "The room is full. Try again later.";
+    if (maxPerAddress > 0 && fromHere >= maxPerAddress) {
+      return "Too many here are from your address.";
+    }
+    this.here++;
+    this.#addresses.set(address, fromHere + 1);
+    return null;
+  }
+
+  /** A client that was counted has left. */
+  release(address: string): void {
+    this.here--;
+    const fromHere = this.#addresses.get(address)! - 1;
+    if (fromHere > 0) this.#addresses.set(address, fromHere);
+    else this.#addresses.delete(address);
   }
 
   get asksPassword(): boolean {
     return this.#isPassword !== null;
   }
 
-  admits(address: string): boolean {
-    return !this.banned.has(address) && this.#admits(address);
-  }
-
   isPassword(text: string): boolean {
     return this.#isPassword?.(text) ?? true;
   }
+}
 
-  // node:net and node:crypto take 35 ms and 9 MB at start-up: only a room that
-  // needs one loads it.
+// node:net and node:crypto take 35 ms and 9 MB at start-up: they are loaded when
+// an option needs them.
 
-  async #useNetworks(networks: string[]): Promise<void> {
-    const { BlockList } = await import("node:net");
-    const family = (address: string) => address.includes(":") ? "ipv6" : "ipv4";
-    const list = new BlockList();
-    for (const network of networks) {
-      const { address, prefix } = parseNetwork(network)!;
-      list.addSubnet(address, prefix, family(address));
-    }
-    this.#admits = (address) => {
-      const canonical = canonicalAddress(address);
-      return canonical !== null && list.check(canonical, family(canonical));
-    };
+/** Tests whether an address is in one of these networks. */
+function networkTest(networks: string[]): (address: string) => boolean {
+  const { BlockList } = process.getBuiltinModule("node:net");
+  const family = (address: string) => address.includes(":") ? "ipv6" : "ipv4";
+  const list = new BlockList();
+  for (const network of networks) {
+    const { address, prefix } = parseNetwork(network)!;
+    list.addSubnet(address, prefix, family(address));
   }
+  return (address) => {
+    const canonical = canonicalAddress(address);
+    return canonical !== null && list.check(canonical, family(canonical));
+  };
+}
 
-  async #usePassword(password: string): Promise<void> {
-    const { createHash, timingSafeEqual } = await import("node:crypto");
-    // Digests have one length, so that no comparison ends early.
-    const digest = (text: string) => createHash("sha256").update(text).digest();
-    const expected = digest(password);
-    this.#isPassword = (text) => timingSafeEqual(digest(text), expected);
+/** Tests a password, in the same time whatever of it is right. */
+function passwordTest(password: string): (text: string) => boolean {
+  const { createHash, timingSafeEqual } = process.getBuiltinModule(
+    "node:crypto",
+  );
+  // Digests have one length, so that no comparison ends early.
+  const digest = (text: string) => createHash("sha256").update(text).digest();
+  const expected = digest(password);
+  return (text) => timingSafeEqual(digest(text), expected);
+}
+
+/** An address without the IPv4-mapped form (RFC 4291, 2.5.5.2). */
+function plainAddress(address: string): string {
+  return address.replace(/^::ffff:(?=\d+\.)/i, "");
+}
+
+/** The one spelling of an address that the system uses (RFC 5952), or `null`. */
+function canonicalAddress(text: string): string | null {
+  const isIPv6 = /^[\da-f:.]*:[\da-f:.]*$/i.test(text);
+  // Without leading zeros, which some take for octal (RFC 6943, 3.1.1).
+  const isIPv4 = /^(?:0|[1-9]\d{0,2})(?:\.(?:0|[1-9]\d{0,2})){3}$/.test(text);
+  if (!isIPv6 && !isIPv4) return null;
+  const host = URL.parse(`http://${isIPv6 ? `[${text}]` : text}/`)?.hostname;
+  if (host === undefined || isIPv4) return host ?? null;
+  const address = host.slice(1, -1);
+  const mapped = /^::ffff:([\da-f]+):([\da-f]+)$/.exec(address);
+  if (mapped === null) return address;
+  const [high, low] = mapped.slice(1).map((group) => parseInt(group, 16));
+  return [high >> 8, high & 255, low >> 8, low & 255].join(".");
+}
+
+/** Reads a network in CIDR notation (RFC 4632), or a single address. */
+function parseNetwork(
+  text: string,
+): { address: string; prefix: number } | null {
+  const [, host, bits] = /^([^/]+)(?:\/(\d{1,3}))?$/.exec(text) ?? [];
+  const address = canonicalAddress(host ?? "");
+  if (address === null) return null;
+  const length = address.includes(":") ? 128 : 32;
+  // An IPv4 address may have been written in its mapped form, of 128 bits.
+  const skipped = length === 32 && host.includes(":") ? 96 : 0;
+  const prefix = bits === undefined ? length : Number(bits) - skipped;
+  return prefix >= 0 && prefix <= length ? { address, prefix } : null;
+}
+
+function formatAddress(address: string, port: number): string {
+  return address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`;
+}
+
+// -- what cannot be opened
+
+/** What to do when something cannot be opened. */
+interface Remedy {
+  /** The flags that grant the permission of Deno. */
+  flags: string;
+  /** When the system denies it. */
+  denied?: string;
+  /** In all other cases. */
+  other?: string;
+}
+
+/** The error of what cannot be opened: why, and what to do. */
+function openError(what: string, error: unknown, remedy: Remedy): OpenError {
+  return new OpenError(`${what}: ${problem(error, remedy)}`, { cause: error });
+}
+
+function problem(error: unknown, { flags, denied, other }: Remedy): string {
+  if (error instanceof Deno.errors.NotCapable) {
+    // For devices Deno "Requires all access".
+    const all = error.message.includes("all access");
+    // A binary was granted its permissions when it was made.
+    const how = Deno.build.standalone ? "compile" : "run";
+    return `it is not permitted (${how} it with ${
+      all ? "--allow-all" : flags
+    })`;
   }
+  if (error instanceof Deno.errors.AddrInUse) {
+    return "the port is in use (choose another with --port)";
+  }
+  if (error instanceof Deno.errors.AddrNotAvailable) {
+    return "this machine does not have that address (choose one with --host)";
+  }
+  if (error instanceof Deno.errors.NotFound) return "there is no such file";
+  if (error instanceof Deno.errors.PermissionDenied && denied) {
+    return `the system does not permit it (${denied})`;
+  }
+  return reason(error) + (other ? ` (${other})` : "");
+}
+
+const FILE_DENIED = "look at the file's owner and mode";
+
+function readFile(path: string): string {
+  try {
+    return Deno.readTextFileSync(path);
+  } catch (error) {
+    throw openError(`Cannot read ${path}`, error, {
+      flags: `--allow-read=${path}`,
+      denied: FILE_DENIED,
+    });
+  }
+}
+
+function readPassword(path: string): string {
+  const [password] = readFile(path).replace(/^\ufeff/, "").split(/\r?\n/);
+  // What a client types comes cleaned, and in pieces if it is too long.
+  const [typed, ...more] = linesOf(password);
+  if (typed === password && more.length === 0) return password;
+  throw new OpenError(
+    `Cannot use ${path}: its first line is to be the password, ` +
+      `at most ${LINE_BYTES} bytes of UTF-8`,
+  );
 }
 
 // ---------------------------------------------------------------------------
@@ -2240,120 +2431,217 @@ class TlsConnection implements Connection {
   }
 }
 
+class Tls {
+  readonly #engine: TlsEngine;
+  constructor(certPath: string, keyPath: string) {
+    const cert = readFile(certPath), key = readFile(keyPath);
+    try {
+      this.#engine = new TlsEngine(cert, key);
+    } catch (error) {
+      throw openError(`Cannot use ${certPath} with ${keyPath}`, error, {
+        flags: "--allow-net",
+        other: "give a certificate and its own key, as PEM files",
+      });
+    }
+  }
+  connect(conn: Deno.TcpConn): Connection {
+    return new TlsConnection(conn, this.#engine);
+  }
+}
+
 // ---------------------------------------------------------------------------
-// Transcript: what is said, kept in a file. A reader of the log like any other:
-// it writes in batches, and a slow disk delays nobody.
+// Output: lines on their way to a terminal, a pipe or the log file, without
+// making the room wait.
 // ---------------------------------------------------------------------------
 
-/** How much is written to the file at once, in characters. */
-const TRANSCRIPT_BATCH = 65_536;
+/** How many characters may wait for standard output or standard error that
+ * nobody reads, and for the log file. */
+const PRINTED_CHARACTERS = 65_536, LOGGED_CHARACTERS = 4_194_304;
 
-/** How long to wait before writing again to a disk that failed. */
-const DISK_RETRY_MILLISECONDS = 1_000;
+/** How long lines are gathered between writes: with a write for each of a thousand
+ * lines that come at once, they took two thirds of the time. */
+const GATHER_MILLISECONDS = 10;
 
-/** A line of the file: the time, and what was said. */
+/** How long to wait before another try after a write that failed. */
+const RETRY_MILLISECONDS = 1_000;
+
+/** What an {@linkcode Output} does when lines cannot be written. */
+interface Troubles {
+  /** Lines are dropped, because too many wait. */
+  dropped(): void;
+  /** A write failed; tells whether to try again. */
+  failed(error: unknown): boolean;
+}
+
+/**
+ * A file or pipe that lines are written to. Neither a terminal on hold (Ctrl-S)
+ * nor a pipe that nobody reads stops the room, as `console.log` would.
+ */
+class Output {
+  #waiting = "";
+  #dropped = 0;
+  #gone = false;
+  #writing: Promise<void> | null = null;
+
+  /** @param most how many characters may wait */
+  constructor(
+    readonly file: { write(bytes: Uint8Array): Promise<number> },
+    readonly most: number,
+    readonly troubles: Troubles,
+  ) {}
+
+  /** Adds a line, or several. */
+  print(lines: string): void {
+    if (this.#gone) return;
+    if (this.#waiting.length > this.most) {
+      this.#dropped += lines.split("\n").length;
+      this.troubles.dropped();
+    } else this.#waiting += lines + "\n";
+    this.#writing ??= this.#write();
+  }
+
+  /** Resolves when all is written, or cannot be in that time. */
+  async flush(milliseconds: number): Promise<void> {
+    if (this.#writing === null) return;
+    let timer: Timer | undefined;
+    const late = new Promise<void>((resolve) => {
+      timer = setTimeout(resolve, milliseconds);
+    });
+    await Promise.race([this.#writing, late]);
+    clearTimeout(timer);
+  }
+
+  /** Writes nothing more. */
+  stop(): void {
+    this.#gone = true;
+    this.#waiting = "";
+  }
+
+  async #write(): Promise<void> {
+    while (this.#waiting) {
+      let bytes: Uint8Array = encoder.encode(this.#waiting);
+      this.#waiting = "";
+      while (bytes.length > 0 && !this.#gone) {
+        try {
+          bytes = bytes.subarray(await this.file.write(bytes));
+        } catch (error) {
+          if (this.#gone || !this.troubles.failed(error)) return this.stop();
+          await delay(RETRY_MILLISECONDS);
+        }
+      }
+      if (this.#dropped > 0) {
+        this.#waiting += `(${this.#dropped} lines not shown)\n`;
+      }
+      this.#dropped = 0;
+      await delay(GATHER_MILLISECONDS);
+    }
+    this.#writing = null;
+  }
+}
+
+/** A line of the log file: the time, and what was said. */
 const TRANSCRIPT_LINE = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (.+)$/;
 
-class Transcript extends Reader {
+/** The public lines, kept in a file. */
+class Transcript {
   readonly #file: Deno.FsFile;
-  /** It was said that lines are late or lost, and none has been written since. */
-  #troubled = false;
-  #retry: Timer | undefined;
-  #deadline: Timer | undefined;
+  readonly #output: Output;
+  /** Whether trouble was reported, and nothing has been written since. */
+  #reported = false;
 
-  /** Opens the file, and takes the history from it. */
+  /** Opens the file, and takes the room's history from it.
+   *
+   * @throws {OpenError} if that cannot be done */
   constructor(
-    room: Room,
     readonly path: string,
+    readonly room: Room,
     readonly warn: (line: string) => void,
   ) {
-    super(room);
-    this.#file = Deno.openSync(path, {
-      read: true,
-      append: true,
-      create: true,
-    });
-    const { isFile, size } = this.#file.statSync();
+    try {
+      this.#file = Deno.openSync(path, {
+        read: true,
+        append: true,
+        create: true,
+      });
+    } catch (error) {
+      throw openError(`Cannot open ${path}`, error, {
+        flags: `--allow-read=${path} --allow-write=${path}`,
+        denied: FILE_DENIED,
+      });
+    }
+    this.#restore();
+    this.#output = new Output(
+      { write: (bytes) => this.#write(bytes) },
+      LOGGED_CHARACTERS,
+      {
+        dropped: () =>
+          this.#report("Some lines are lost: the disk is slower than the talk"),
+        failed: (error) => {
+          this.#report(`Cannot write: ${reason(error)}`);
+          return true;
+        },
+      },
+    );
+  }
+
+  /** Adds public lines, as the room receives them. */
+  add(lines: Uint8Array): void {
+    const stampLength = this.room.stamp().length;
+    const start = new Date().toISOString() + " ";
+    const text = decoder.decode(lines.subarray(0, -1));
+    this.#output.print(
+      text.split("\n").map((line) => start + line.slice(stampLength)).join(
+        "\n",
+      ),
+    );
+  }
+
+  /** Closes the file when all is written, or cannot be in time. */
+  async close(): Promise<void> {
+    await this.#output.flush(DRAIN_MILLISECONDS);
+    this.#output.stop();
+    this.#file.close();
+  }
+
+  async #write(bytes: Uint8Array): Promise<number> {
+    const count = await this.#file.write(bytes);
+    this.#reported = false;
+    return count;
+  }
+
+  #report(text: string): void {
+    if (this.#reported) return;
+    this.#reported = true;
+    this.warn(`${text} (--log ${this.path}; the room goes on)`);
+  }
+
+  /** Gives the room the last lines of the file as its history. */
+  #restore(): void {
+    const file = this.#file, { history, raw } = this.room.options;
+    const { isFile, size } = file.statSync();
     if (!isFile || size === 0) return;
     // The end is enough, however large the file is: as many of the longest lines
     // (three bytes a byte, where an invalid one became U+FFFD), or as much as the
     // history keeps and as much again for the times.
     const most = Math.min(
-      (room.options.history + 1) * (3 * LINE_BYTES + 256),
+      (history + 1) * (3 * LINE_BYTES + 256),
       2 * HISTORY_BYTES,
     );
-    this.#file.seekSync(Math.max(0, size - most), Deno.SeekMode.Start);
-    const tail = readFully(this.#file, Math.min(size, most));
-    if (tail.at(-1) !== LF) this.#file.writeSync(Uint8Array.of(LF));
-    if (room.options.history === 0 || room.options.raw) return;
+    file.seekSync(Math.max(0, size - most), Deno.SeekMode.Start);
+    const tail = readFully(file, Math.min(size, most));
+    if (tail.at(-1) !== LF) file.writeSync(LINE_END);
+    if (history === 0 || raw) return;
     // What was cut off may be the middle of a line, which anyone can have made
     // to look like the beginning of one.
     const start = size > most ? tail.indexOf(LF) + 1 : 0;
-    const text = decoder.decode(tail.subarray(start));
-    const lines = splitLines(text).flatMap((line) => {
-      const [, stamp, said] = TRANSCRIPT_LINE.exec(line) ?? [];
-      const time = new Date(stamp);
-      return Number.isNaN(time.getTime()) ? [] : [{ time, line: said }];
-    });
-    room.restoreHistory(lines.slice(-room.options.history));
-  }
-
-  protected override batch(segment: Segment, index: number): Batch {
-    const { entries } = segment, stampLength = this.room.stamp().length;
-    let text = "";
-    for (; index < entries.length && text.length < TRANSCRIPT_BATCH; index++) {
-      const { kind, time } = entries[index];
-      if (kind !== Kind.Said) continue;
-      const start = new Date(time).toISOString() + " ";
-      for (const line of decoder.decode(segment.entry(index)).split("\n")) {
-        if (line) text += start + line.slice(stampLength) + "\n";
-      }
-    }
-    return { bytes: encoder.encode(text), end: index };
-  }
-
-  protected async write(bytes: Uint8Array): Promise<number> {
-    try {
-      const count = await this.#file.write(bytes);
-      this.#troubled = false;
-      return count;
-    } catch (error) {
-      this.#warn(`Cannot write: ${reason(error)}`);
-      await new Promise((resolve) => {
-        this.#retry = setTimeout(resolve, DISK_RETRY_MILLISECONDS);
-      });
-      return 0; // and the same again
-    }
-  }
-
-  tooSlow(): void {
-    this.#warn("Some lines are lost: the disk is slower than the talk");
-    this.joinLog();
-  }
-
-  leave(): void {
-    this.endLog();
-    this.#deadline = setTimeout(() => this.finished(), LINGER_MILLISECONDS);
-    this.pump();
-  }
-
-  protected finished(): void {
-    clearTimeout(this.#deadline);
-    clearTimeout(this.#retry);
-    this.dropLog();
-    this.close();
-    this.room.forget(this);
-  }
-
-  /** Closes the file. */
-  close(): void {
-    this.#file.close();
-  }
-
-  #warn(text: string): void {
-    if (this.#troubled) return;
-    this.#troubled = true;
-    this.warn(`${text} (--log ${this.path}; the room goes on)`);
+    const lines = splitLines(decoder.decode(tail.subarray(start)));
+    this.room.restoreHistory(
+      lines.flatMap((line) => {
+        const [, stamp, said] = TRANSCRIPT_LINE.exec(line) ?? [];
+        const time = new Date(stamp);
+        return Number.isNaN(time.getTime()) ? [] : [{ time, line: said }];
+      }).slice(-history),
+    );
   }
 }
 
@@ -2370,99 +2658,102 @@ function readFully(file: Deno.FsFile, length: number): Uint8Array {
 }
 
 // ---------------------------------------------------------------------------
-// Console: the operator's seat. It hears what everyone hears, speaks as host,
-// and keeps order.
+// Console: the operator, who speaks as host and keeps order.
 // ---------------------------------------------------------------------------
 
-class Console extends Reader {
+class Operator extends Person implements Sink {
+  readonly reader: Reader;
+
   constructor(
     room: Room,
-    readonly gate: Gate,
-    readonly output: (line: string) => void,
+    readonly access: Access,
+    readonly print: (line: string) => void,
     readonly stop: () => void,
   ) {
     super(room);
     this.name = HOST;
-    this.joinLog();
+    this.reader = new Reader(room.log, this);
+    this.reader.follow();
   }
 
   /** Takes a line that the operator typed. */
-  hear(typed: string): void {
+  type(typed: string): void {
     for (const line of linesOf(typed)) {
-      if (line.charCodeAt(0) !== SLASH) this.room.say(this, line);
-      else obey(CONSOLE_COMMANDS, this, line);
+      if (line.charCodeAt(0) === SLASH) {
+        runCommand(CONSOLE_COMMANDS, this, line);
+      } else this.room.say(this, encoder.encode(line + "\n"));
     }
   }
 
-  /** All who are connected, whether they have a name or not. */
+  /** All clients that are connected, whether they have a name or not. */
   get clients(): Client[] {
-    return [...this.room.readers].filter((reader) => reader instanceof Client)
-      .filter((client) => !client.leaving);
+    return [...this.room.readers].map(({ sink }) => sink)
+      .filter((sink) => sink instanceof Client)
+      .filter(({ left }) => !left);
   }
 
-  protected write(bytes: Uint8Array): Promise<number> {
-    this.output(decoder.decode(bytes).trimEnd());
+  write(bytes: Uint8Array): Promise<number> {
+    this.print(decoder.decode(bytes).trimEnd());
     return Promise.resolve(bytes.length);
   }
 
   tooSlow(): void {
-    this.joinLog();
+    this.reader.follow();
   }
 
   leave(): void {
-    this.endLog();
-    this.pump();
+    this.reader.end();
   }
 
-  protected finished(): void {
-    this.dropLog();
-    this.room.forget(this);
+  drained(): void {
+    this.room.forget(this.reader);
   }
+
+  writeFailed(): void {}
 }
 
-const CONSOLE_COMMANDS: Command<Console>[] = [
+const CONSOLE_COMMANDS: Command<Operator>[] = [
   {
     name: "who",
     help: "who is here, from where, for how long",
-    run(host) {
-      const { room, clients } = host;
-      if (clients.length === 0) room.tell(host, "* Nobody is here.\n");
-      for (const { name, origin, since } of clients) {
+    run(operator) {
+      const rows = operator.clients.map(({ name, origin, since }) => {
         const minutes = Math.floor((performance.now() - since) / 60_000);
-        room.tell(host, `* ${name || "(no name)"} ${origin}, ${minutes} min\n`);
-      }
+        return `* ${name || "(no name)"} ${origin}, ${minutes} min\n`;
+      });
+      operator.tell(rows.join("") || "* Nobody is here.\n");
     },
   },
   {
     name: "kick",
     arguments: "NAME [REASON]",
     help: "send somebody away",
-    run(host, text) {
+    run(operator, text) {
       const [name, why] = firstWord(text);
-      const person = findPerson(host, name);
-      if (person instanceof Client) person.dismiss("kicked", why);
+      const person = findPerson(operator, name);
+      if (person instanceof Client) person.disconnect("kicked", why);
     },
   },
   {
     name: "ban",
     arguments: "NAME|ADDRESS [REASON]",
     help: "send somebody away, and keep the address out",
-    run(host, text) {
+    run(operator, text) {
       const [whom, why] = firstWord(text);
-      const person = host.room.find(whom);
+      const person = operator.room.find(whom);
       const address = person instanceof Client
         ? person.address
         : canonicalAddress(whom);
       if (address === null) {
-        return fail(
-          host,
+        return answerError(
+          operator,
           `Nobody here is called ${whom}, and it is no address.`,
         );
       }
-      host.gate.banned.add(address);
-      host.room.tell(host, `* ${address} is banned.\n`);
-      for (const client of host.clients) {
-        if (client.address === address) client.dismiss("banned", why);
+      operator.access.banned.add(address);
+      operator.tell(`* ${address} is banned.\n`);
+      for (const client of operator.clients) {
+        if (client.address === address) client.disconnect("banned", why);
       }
     },
   },
@@ -2470,568 +2761,276 @@ const CONSOLE_COMMANDS: Command<Console>[] = [
     name: "unban",
     arguments: "ADDRESS",
     help: "let an address in again",
-    run(host, text) {
+    run(operator, text) {
       const address = canonicalAddress(text) ?? text;
-      if (host.gate.banned.delete(address)) {
-        host.room.tell(host, `* ${address} is no longer banned.\n`);
-      } else fail(host, `${text} is not banned. Type /banned for who is.`);
+      if (operator.access.banned.delete(address)) {
+        return operator.tell(`* ${address} is no longer banned.\n`);
+      }
+      answerError(operator, `${text} is not banned. Type /banned for who is.`);
     },
   },
   {
     name: "banned",
     help: "which addresses are banned",
-    run(host) {
-      const { room, gate } = host;
-      if (gate.banned.size === 0) room.tell(host, "* Nobody is banned.\n");
-      for (const address of gate.banned) {
-        room.tell(host, `* ${address} is banned.\n`);
-      }
+    run(operator) {
+      const rows = Array.from(
+        operator.access.banned,
+        (address) => `* ${address} is banned.\n`,
+      );
+      operator.tell(rows.join("") || "* Nobody is banned.\n");
     },
   },
-  { name: "quit", help: "stop the server", run: (host) => host.stop() },
+  { name: "quit", help: "stop the server", run: ({ stop }) => stop() },
 ];
 
 // ---------------------------------------------------------------------------
-// Server: the listener, who is let in, and the end.
+// Command line: one table of options, read by parseOptions and printed by --help.
 // ---------------------------------------------------------------------------
 
-/** How long to wait when the system accepts no connections for the moment, and
- * how seldom to say again that it does not. */
-const ACCEPT_RETRY_MILLISECONDS = 100, ACCEPT_REPORT_MILLISECONDS = 60_000;
+const DEFAULTS: Options = {
+  host: "0.0.0.0",
+  port: 8008,
+  raw: false,
+  askName: false,
+  timestamps: false,
+  history: 20,
+  rate: 20,
+  maxClients: 10_000,
+  maxPerAddress: 0,
+  allow: [],
+  passwordFile: "",
+  tlsCert: "",
+  tlsKey: "",
+  log: "",
+  quiet: false,
+};
 
-/** How long a newcomer has for what must come before anything else: TLS's
- * handshake, the password. */
-const PATIENCE_MILLISECONDS = 30_000;
+interface Flag {
+  name: string;
+  short?: string;
+  /** The name of its value in the help; a flag without one is on or off. */
+  value?: string;
+  /** The option that it sets; a flag without one is read by name. */
+  key?: keyof Options;
+  /** The range of a number, both ends included. */
+  range?: [from: number, to: number];
+  /** Whether it can be given more than once. */
+  repeatable?: boolean;
+  help: string;
+}
 
-/** How many wrong passwords are too many. */
-const PASSWORD_TRIES = 3;
+// deno-fmt-ignore: a line each
+const FLAGS: Flag[] = [
+  { name: "host", key: "host", value: "ADDRESS",
+    help: "address to listen on, :: for IPv4 and IPv6" },
+  { name: "port", short: "p", key: "port", value: "PORT", range: [0, 65_535],
+    help: "port to listen on, 0 picks a free one" },
+  { name: "raw", key: "raw",
+    help: "relay lines as they are: no names, no commands" },
+  { name: "ask-name", key: "askName",
+    help: "ask each newcomer for a name first" },
+  { name: "timestamps", key: "timestamps",
+    help: "put the time, 12:34, before each line said" },
+  { name: "history", key: "history", value: "LINES", range: [0, 10_000],
+    help: "said lines for a newcomer, 0 with --ask-name" },
+  { name: "rate", key: "rate", value: "LINES", range: [0, 1_000_000],
+    help: "lines a second for each client, 0 is no limit" },
+  { name: "max-clients", key: "maxClients", value: "N", range: [1, 1_000_000],
+    help: "how many may be here at once" },
+  { name: "max-per-address", key: "maxPerAddress", value: "N",
+    range: [0, 1_000_000], help: "the same for one address, 0 is no limit" },
+  { name: "allow", key: "allow", value: "CIDR", repeatable: true,
+    help: "admit only these, such as 10.0.0.0/8 (all)" },
+  { name: "password-file", key: "passwordFile", value: "FILE",
+    help: "ask for the password in it first (none)" },
+  { name: "tls-cert", key: "tlsCert", value: "FILE",
+    help: "speak TLS with this certificate chain (none)" },
+  { name: "tls-key", key: "tlsKey", value: "FILE",
+    help: "and this private key (none)" },
+  { name: "log", key: "log", value: "FILE",
+    help: "append what is said, take the history from it (none)" },
+  { name: "console",
+    help: "speak as host on standard input, and hear the room" },
+  { name: "quiet", key: "quiet", help: "do not print comings and goings" },
+  { name: "help", short: "h", help: "print this and leave" },
+  { name: "version", short: "V", help: "print the version and leave" },
+];
 
-/** Where a server's own words go; by default nowhere. */
-export interface Reports {
-  /** Comings and goings, a line each. */
-  print?: (line: string) => void;
-  /** What went wrong, a line each. */
-  warn?: (line: string) => void;
+/** The text of `--help`: at most 80 columns, with every default. */
+function helpText(): string {
+  const { standalone } = Deno.build; // a binary from `deno compile`
+  const program = standalone ? "parley" : "deno run --allow-net main.ts";
+  const rows = FLAGS.map(({ name, short, value, key, help }) => {
+    const flag = `${short ? `-${short}, ` : "    "}--${name} ${value ?? ""}`;
+    const standard = key && String(DEFAULTS[key]);
+    const what = value && standard ? `${help} (${standard})` : help;
+    return `  ${flag.padEnd(26)}${what}`;
+  });
+  return `\
+Parley: a chat room for netcat.
+
+Usage: ${program} [OPTIONS]
+Join:  nc localhost ${DEFAULTS.port}    (then /help)
+
+Options (with their defaults):
+${rows.join("\n")}`;
 }
 
 /**
- * A chat room on a TCP port.
+ * Reads a command line.
  *
- * @example A room for as long as a block runs
- * ```ts
- * import { assertEquals } from "@std/assert";
- * import { ChatServer } from "./main.ts";
- *
- * await using server = ChatServer.listen({
- *   host: "127.0.0.1",
- *   port: 0,
- *   raw: true,
- * });
- * using alice = await Deno.connect({ port: server.addr.port });
- * using bob = await Deno.connect({ port: server.addr.port });
- * await alice.write(new TextEncoder().encode("hello\n"));
- *
- * const buffer = new Uint8Array(100);
- * const count = await bob.read(buffer);
- * assertEquals(new TextDecoder().decode(buffer.subarray(0, count!)), "hello\n");
- * ```
+ * @param args the arguments after the program's name, as in `Deno.args`
+ * @returns what was given, with the right types
+ * @throws {UsageError} if an argument is unknown, lacks its value, or has one
+ * that cannot be used; the message says what to do instead
  */
-export class ChatServer implements AsyncDisposable {
-  /** The address that it listens on; a port that was 0 is the real one here. */
-  readonly addr: Deno.NetAddr;
-  /** Resolves when the server has stopped and every connection is closed. */
-  readonly finished: Promise<void>;
-  readonly #options: Options;
-  readonly #reports: Required<Reports>;
-  readonly #listener: Deno.TcpListener;
-  readonly #tls: TlsEngine | null;
-  readonly #room: Room;
-  readonly #gate: Gate;
-  /** How many of each address are here. */
-  readonly #addresses = new Map<string, number>();
-  #here = 0;
-  readonly #accepting: Promise<void>;
-  #stopped: Promise<void> | null = null;
-  #lastAcceptReport = -Infinity;
-
-  /** Use {@linkcode ChatServer.listen}. */
-  private constructor(options: Options, reports: Reports) {
-    this.#options = options;
-    this.#reports = { print: guard(reports.print), warn: guard(reports.warn) };
-    this.#room = new Room(options);
-    // The files first: nobody shall knock at a door that does not open.
-    const { host, port, passwordFile, tlsCert, tlsKey, log } = options;
-    const password = passwordFile && readPassword(passwordFile);
-    this.#tls = tlsCert ? openTls(tlsCert, tlsKey) : null;
-    this.#gate = new Gate(options.allow, password);
-    const transcript = log ? this.#openTranscript(log) : null;
-    try {
-      this.#listener = Deno.listen({ hostname: host, port });
-    } catch (error) {
-      transcript?.close();
-      const where = formatAddress(host, port);
-      throw openError(`Cannot listen on ${where}`, listenProblem(error), error);
-    }
-    this.addr = this.#listener.addr as Deno.NetAddr;
-    this.#accepting = this.#accept();
-    this.finished = this.#accepting.then(() => this.stop());
-  }
-
-  /**
-   * Opens a room.
-   *
-   * @param options what differs from the defaults of the command line
-   * @param reports where comings and goings, and troubles, are told
-   * @returns the server, which accepts connections already
-   * @throws {UsageError} if an option is out of its range, or contradicts another
-   * @throws {OpenError} if a file cannot be read or written, or the address and
-   * port cannot be listened on; what the system said is its `cause`
-   *
-   * @example
-   * ```ts
-   * import { ChatServer } from "./main.ts";
-   *
-   * const server = ChatServer.listen({ host: "127.0.0.1", port: 0, rate: 5 });
-   * setTimeout(() => server.stop(), 100);
-   * await server.finished;
-   * ```
-   */
-  static listen(
-    options: Partial<Options> = {},
-    reports: Reports = {},
-  ): ChatServer {
-    checkOptions(options);
-    const history = options.askName ? 0 : DEFAULTS.history;
-    const given = Object.entries(options).filter(([, it]) => it !== undefined);
-    return new ChatServer(
-      { ...DEFAULTS, history, ...Object.fromEntries(given) },
-      reports,
-    );
-  }
-
-  /**
-   * Stops the server: nobody is let in any more, everyone is told
-   * `Shutdown Server`, has a second to take what is due, and is disconnected.
-   *
-   * @returns a promise that resolves when everyone is disconnected
-   *
-   * @example
-   * ```ts
-   * import { ChatServer } from "./main.ts";
-   *
-   * const server = ChatServer.listen({ host: "127.0.0.1", port: 0 });
-   * await server.stop();
-   * ```
-   */
-  stop(): Promise<void> {
-    // Later, as what it does can let promises run that come back here.
-    return this.#stopped ??= Promise.resolve().then(() => this.#stop());
-  }
-
-  /**
-   * Gives someone the operator's seat: to speak as `host`, to hear what everyone
-   * hears, and to keep order by the commands that `/help` lists.
-   *
-   * @param lines what the operator types; its end leaves the room running
-   * @param print where lines for the operator go
-   * @returns a promise that resolves at the end of `lines`
-   *
-   * @example
-   * ```ts
-   * import { ChatServer } from "./main.ts";
-   *
-   * await using server = ChatServer.listen({ host: "127.0.0.1", port: 0 });
-   * const typed = ReadableStream.from(["hello, everyone", "/who"]);
-   * await server.operate(typed, (line) => console.log(line));
-   * ```
-   */
-  async operate(
-    lines: AsyncIterable<string>,
-    print: (line: string) => void,
-  ): Promise<void> {
-    if (this.#room.closed) return;
-    const seat = new Console(
-      this.#room,
-      this.#gate,
-      guard(print),
-      () => this.stop(),
-    );
-    this.#room.readers.add(seat);
-    for await (const line of lines) seat.hear(line);
-  }
-
-  /** Stops the server at the end of an `await using` block. */
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.stop();
-  }
-
-  async #stop(): Promise<void> {
-    this.#reports.print("Shutdown Server ......");
-    this.#room.close();
-    this.#listener.close();
-    for (const reader of this.#room.readers) reader.leave("");
-    await this.#room.emptied();
-    await this.#accepting; // only then is the port free
-  }
-
-  async #accept(): Promise<void> {
-    await this.#gate.ready;
-    while (!this.#room.closed) {
-      try {
-        for await (const conn of this.#listener) {
-          try {
-            conn.setNoDelay(true); // a line does not wait for another to join it
-            conn.setKeepAlive(true); // who vanished is noticed some day
-            const connection = this.#tls
-              ? new TlsConnection(conn, this.#tls)
-              : conn;
-            this.#admit(connection, conn.remoteAddr);
-          } catch (error) { // its own trouble: the loop goes on
-            tryClose(conn);
-            this.#reports.warn(`Cannot admit a connection: ${reason(error)}`);
-          }
-        }
-        return; // it is closed
-      } catch (error) {
-        // Out of descriptors, for one. The listener itself is still good.
-        if (this.#room.closed) return;
-        if (
-          error instanceof Deno.errors.ConnectionAborted ||
-          error instanceof Deno.errors.NotConnected
-        ) continue; // that one has gone again
-        this.#reportAccept(error);
-        await delay(ACCEPT_RETRY_MILLISECONDS);
-      }
-    }
-  }
-
-  #reportAccept(error: unknown): void {
-    const now = performance.now();
-    if (now - this.#lastAcceptReport < ACCEPT_REPORT_MILLISECONDS) return;
-    this.#lastAcceptReport = now;
-    this.#reports.warn(
-      `Cannot accept connections for now: ${reason(error)} ` +
-        `(newcomers wait; a higher ulimit -n lets more in)`,
-    );
-  }
-
-  /**
-   * Lets someone in through another door than the TCP port: whatever can be read
-   * and written can be a client, such as a Unix socket or a WebSocket.
-   *
-   * @param connection the connection, which belongs to the server from now on
-   * @param remote where it comes from; limits hold for each `hostname`
-   *
-   * @example A Unix socket beside the TCP port
-   * ```ts
-   * import { ChatServer } from "./main.ts";
-   *
-   * await using server = ChatServer.listen({ host: "127.0.0.1", port: 0 });
-   * const path = `${await Deno.makeTempDir()}/parley.sock`;
-   * using listener = Deno.listen({ transport: "unix", path });
-   * using _guest = await Deno.connect({ transport: "unix", path });
-   * server.admit(await listener.accept(), { hostname: path, port: 0 });
-   * ```
-   */
-  admit(
-    connection: Connection,
-    remote: { hostname: string; port: number },
-  ): void {
-    this.#gate.ready.then(() => this.#admit(connection, remote));
-  }
-
-  #admit(
-    connection: Connection & { handshake?(): Promise<unknown> },
-    remote: { hostname: string; port: number },
-  ): void {
-    const { maxClients, maxPerAddress } = this.#options;
-    const address = plainAddress(remote.hostname);
-    const fromHere = this.#addresses.get(address) ?? 0;
-    if (this.#room.closed || !this.#gate.admits(address)) {
-      return tryClose(connection);
-    }
-    const refusal = this.#here >= maxClients
-      ? "The room is full. Try again later."
-      : maxPerAddress > 0 && fromHere >= maxPerAddress
-      ? "Too many here are from your address."
-      : null;
-    const client = new Client(
-      this.#room,
-      connection,
-      address,
-      remote.port,
-      refusal === null ? this.#events : UNHEARD,
-    );
-    if (refusal !== null) {
-      client.send(`! ${refusal}\n`);
-      client.leave("");
-      return client.read();
-    }
-    this.#addresses.set(address, fromHere + 1);
-    this.#here++;
-    this.#room.readers.add(client);
-    if (connection.handshake) this.#shakeHands(client, connection.handshake());
-    else this.#receive(client);
-    this.#report(`New Connection from ${client.origin}`, client.name);
-  }
-
-  /** Waits for TLS, at the cost of nobody else. */
-  #shakeHands(client: Client, handshake: Promise<unknown>): void {
-    const fail = () => client.leave("no TLS", { drain: false });
-    client.setDeadline(PATIENCE_MILLISECONDS, fail);
-    handshake.then(() => {
-      if (client.leaving) return client.read(); // banned meanwhile, say
-      client.liftDeadline();
-      this.#receive(client);
-    }, fail);
-  }
-
-  /** Begins with a newcomer: asks what is to be asked, then lets it in. */
-  #receive(client: Client): void {
-    if (this.#gate.asksPassword) this.#askPassword(client);
-    else this.#letIn(client);
-    client.read();
-  }
-
-  #letIn(client: Client): void {
-    if (this.#options.raw) client.joinLog();
-    else if (this.#options.askName) this.#askName(client);
-    else this.#enter(client, this.#room.guestName());
-  }
-
-  #askPassword(client: Client): void {
-    const prompt = "* This room has a password. What is it?\n";
-    // In a raw room the question is the only line that is not a relayed one.
-    const answer = (why: string) => this.#options.raw || client.send(why);
-    let tries = 0;
-    client.send(prompt);
-    client.setDeadline(PATIENCE_MILLISECONDS, () => {
-      answer("! That took too long.\n");
-      client.leave("no password");
-    });
-    client.asker = (line) => {
-      if (this.#gate.isPassword(line)) {
-        client.asker = null;
-        client.liftDeadline();
-        this.#letIn(client);
-        this.#report(`Password given by ${client.origin}`, client.name);
-      } else {
-        answer("! That is not the password.\n");
-        if (++tries < PASSWORD_TRIES) client.send(prompt);
-        else client.leave("no password");
-      }
-    };
-  }
-
-  /** Asks for a name, as Protohackers' Budget Chat does. */
-  #askName(client: Client): void {
-    client.send("* Welcome to Parley. What is your name?\n");
-    client.asker = (line) => {
-      const name = normalizeName(line);
-      const refusal = this.#room.refusal(name, client);
-      if (refusal !== null) {
-        client.send(`! ${refusal} Join again with another.\n`);
-        return client.leave("no name");
-      }
-      client.asker = null;
-      this.#enter(client, name!);
-      this.#report(`Name given by ${client.origin}`, client.name);
-    };
-  }
-
-  /** Greets a client, and lets it in under a name. */
-  #enter(client: Client, name: string): void {
-    const room = this.#room;
-    const welcome =
-      `* Welcome, ${name}. Type to talk, /nick NAME for a name, /help for more.\n`;
-    client.send(
-      this.#options.askName
-        ? room.whoIsHere()
-        : welcome + room.whoIsHere("nobody else yet"),
-    );
-    const { history } = room;
-    if (history.length > 0) client.send(history);
-    if (client.leaving) return; // too slow for so much
-    room.setName(client, name);
-    room.enter(client);
-  }
-
-  readonly #events: ClientEvents = {
-    command: (client, line) => obey(COMMANDS, client, line),
-    left: (client, reason) => {
-      this.#here--;
-      const { address, name } = client;
-      const fromThere = this.#addresses.get(address)! - 1;
-      if (fromThere > 0) this.#addresses.set(address, fromThere);
-      else this.#addresses.delete(address);
-      this.#report(`Connection closed by ${client.origin}`, name, reason);
-    },
-  };
-
-  #openTranscript(path: string): Transcript {
-    try {
-      const { warn } = this.#reports;
-      const transcript = new Transcript(this.#room, path, warn);
-      this.#room.readers.add(transcript);
-      transcript.joinLog();
-      return transcript;
-    } catch (error) {
-      const flags = `--allow-read=${path} --allow-write=${path}`;
-      throw openError(`Cannot open ${path}`, fileProblem(error, flags), error);
-    }
-  }
-
-  #report(what: string, name: string, reason = ""): void {
-    if (this.#options.quiet || this.#room.closed) return;
-    const who = (name && `${name}, `) + (reason && `${reason}, `);
-    this.#reports.print(`${what} (${who}${this.#here} here)`);
-  }
-}
-
-/** An embedding program's function, whose errors are that program's own. */
-function guard(report?: (line: string) => void): (line: string) => void {
-  return (line) => {
-    try {
-      report?.(line);
-    } catch (error) {
-      reportError(error);
-    }
-  };
-}
-
-/** Why the room cannot be opened, and what to do. */
-function listenProblem(error: unknown): string {
-  if (error instanceof Deno.errors.NotCapable) {
-    return `the network is not permitted (${granted("--allow-net")})`;
-  }
-  if (error instanceof Deno.errors.AddrInUse) {
-    return "the port is in use (choose another with --port)";
-  }
-  if (error instanceof Deno.errors.AddrNotAvailable) {
-    return "this machine does not have that address (choose one with --host)";
-  }
-  if (error instanceof Deno.errors.PermissionDenied) {
-    return "the system does not permit it (choose a --port above 1023)";
-  }
-  return `${reason(error)} (choose an address with --host)`;
-}
-
-function readFile(path: string): string {
-  try {
-    return Deno.readTextFileSync(path);
-  } catch (error) {
-    const problem = fileProblem(error, `--allow-read=${path}`);
-    throw openError(`Cannot read ${path}`, problem, error);
-  }
-}
-
-function readPassword(path: string): string {
-  const [password] = readFile(path).replace(/^\ufeff/, "").split(/\r?\n/);
-  // What a client types comes cleaned, and in pieces if it is too long.
-  const [typed, ...more] = linesOf(password);
-  if (typed === password && more.length === 0) return password;
-  throw openError(
-    `Cannot use ${path}`,
-    `its first line is to be the password, at most ${LINE_BYTES} bytes of UTF-8`,
+export function parseOptions(args: string[]): CommandLine {
+  const names = FLAGS.flatMap(({ name, short }) =>
+    short ? [name, short] : name
   );
-}
-
-function openTls(certPath: string, keyPath: string): TlsEngine {
-  const cert = readFile(certPath), key = readFile(keyPath);
-  try {
-    return new TlsEngine(cert, key);
-  } catch (error) {
-    throw error instanceof Deno.errors.NotCapable
-      ? openError("Cannot speak TLS", listenProblem(error), error)
-      : openError(
-        `Cannot use ${certPath} with ${keyPath}`,
-        `${reason(error)} (give a certificate and its own key, as PEM files)`,
-        error,
+  const dashed = (name: string) => (name.length > 1 ? "--" : "-") + name;
+  const given = parseArgs(withTiedValues(args), {
+    // All of them, so that a value that was given to an on/off flag shows.
+    string: names,
+    collect: FLAGS.filter((flag) => flag.repeatable).map((flag) => flag.name),
+    alias: Object.fromEntries(
+      FLAGS.flatMap(({ name, short }) => short ? [[short, name]] : []),
+    ),
+    unknown(arg) {
+      if (!arg.startsWith("-")) return true; // and so it is in `given._`
+      const option = arg.replace(/=.*/s, "");
+      const nearest = closestString(option, names.map(dashed));
+      throw new UsageError(
+        `Unknown option ${option} (did you mean ${nearest}?)`,
       );
-  }
-}
-
-function openError(what: string, why: string, cause?: unknown): OpenError {
-  return new OpenError(`${what}: ${why}`, { cause });
-}
-
-/** How to grant a permission; to a binary it was when it was made, or never. */
-function granted(flags: string): string {
-  return `${Deno.build.standalone ? "compile" : "run"} it with ${flags}`;
-}
-
-/** Why a file cannot be opened, and what to do. */
-function fileProblem(error: unknown, flags: string): string {
-  if (error instanceof Deno.errors.NotCapable) {
-    // Devices need more: Deno says "Requires all access".
-    const all = error.message.includes("all access");
-    return `it is not permitted (${granted(all ? "--allow-all" : flags)})`;
-  }
-  if (error instanceof Deno.errors.NotFound) return "there is no such file";
-  if (error instanceof Deno.errors.PermissionDenied) {
-    return "the system does not permit it (look at the file's owner and mode)";
-  }
-  return reason(error);
-}
-
-// ---------------------------------------------------------------------------
-// Main: the program. It reads the command line, opens the room, and stops it on
-// a signal.
-// ---------------------------------------------------------------------------
-
-/** How many characters may wait for an output that is not read. */
-const MOST_UNPRINTED = 65_536;
-
-/** How long lines are gathered between writes: when thousands come at once, a
- * write for each took two thirds of the time. */
-const PRINT_MILLISECONDS = 10;
-
-/**
- * An output of the program, written behind the room's back: neither a terminal
- * on hold (Ctrl-S) nor a pipe that nobody reads, or that is closed, stops it.
- * `console.log` would wait for them.
- */
-class Printer {
-  #waiting = "";
-  #missed = 0;
-  #gone = false;
-  #written: Promise<void> | null = null;
-
-  constructor(readonly output: { write(bytes: Uint8Array): Promise<number> }) {}
-
-  print(line: string): void {
-    if (this.#gone) return;
-    if (this.#waiting.length > MOST_UNPRINTED) {
-      this.#missed += line.split("\n").length;
-    } else this.#waiting += line + "\n";
-    this.#written ??= this.#write();
+    },
+  });
+  const [stray] = given._ as string[];
+  if (stray !== undefined) {
+    throw new UsageError(
+      `Unexpected argument ${
+        stray === "" ? '""' : stray
+      } (every option begins with --)`,
+    );
   }
 
-  /** Resolves when all is written, or cannot be in that time. */
-  async flush(milliseconds: number): Promise<void> {
-    await Promise.race([this.#written, delay(milliseconds)]);
-  }
-
-  async #write(): Promise<void> {
-    try {
-      while (this.#waiting) {
-        const bytes = encoder.encode(this.#waiting);
-        this.#waiting = "";
-        await writeAll(this.output, bytes);
-        await delay(PRINT_MILLISECONDS);
-        if (this.#missed) {
-          this.#waiting += `(${this.#missed} lines not shown)\n`;
-        }
-        this.#missed = 0;
+  const options: Partial<Record<keyof Options, unknown>> = {};
+  for (const { name, key, value, range, repeatable } of FLAGS) {
+    const texts = [given[name] ?? []].flat();
+    if (texts.length === 0) continue;
+    if (!value) {
+      if (texts.some((text) => text !== "")) {
+        throw new UsageError(`Option --${name} takes no value`);
       }
-    } catch {
-      this.#gone = true;
+      if (key) options[key] = true;
+    } else if (texts.includes("")) {
+      throw new UsageError(
+        `Option --${name} needs a value: --${name} ${value}`,
+      );
+    } else if (key) {
+      const values = texts.map((text) =>
+        range && /^\d+$/.test(text) ? Number(text) : text
+      );
+      options[key] = repeatable ? values : values.at(-1);
     }
-    this.#written = null;
+  }
+  checkOptions(options);
+  return {
+    options: options as Partial<Options>,
+    console: given.console !== undefined,
+    help: given.help !== undefined,
+    version: given.version !== undefined,
+  };
+}
+
+/** Ties each value to its option where parseArgs would not: it takes `--rate -3`
+ * for two options, and `--host ""` for one without a value. */
+function withTiedValues(args: string[]): string[] {
+  const options = FLAGS.filter(({ value }) => value)
+    .flatMap(({ name, short }) => [`--${name}`, `-${short}`]);
+  const tied: string[] = [];
+  for (const arg of args) {
+    const before = tied.at(-1);
+    if (/^(-\d|$)/.test(arg) && before && options.includes(before)) {
+      tied[tied.length - 1] = `${before}=${arg}`;
+    } else tied.push(arg);
+  }
+  return tied;
+}
+
+/** Throws a {@linkcode UsageError} if no room can be opened with `options`. */
+function checkOptions(options: Partial<Record<keyof Options, unknown>>): void {
+  const kind = (it: unknown) => Array.isArray(it) ? "list" : typeof it;
+  for (const [key, value] of Object.entries(options)) {
+    const standard: unknown = DEFAULTS[key as keyof Options];
+    if (standard === undefined) throw new UsageError(`Unknown option ${key}`);
+    if (value === undefined || typeof standard === "number") continue;
+    if (kind(value) !== kind(standard)) {
+      throw new UsageError(
+        `Cannot use ${value} for ${key}: give a ${kind(standard)}`,
+      );
+    }
+  }
+  for (const { name, key, range } of FLAGS) {
+    const value = key && options[key];
+    if (value === undefined) continue;
+    const require = (usable: boolean, what: string, given = value) => {
+      if (usable) return;
+      throw new UsageError(`Cannot use ${given} for --${name}: give ${what}`);
+    };
+    if (range) {
+      const [from, to] = range;
+      const number = Number.isInteger(value) ? Number(value) : NaN;
+      require(
+        number >= from && number <= to,
+        `a whole number from ${from} to ${to}`,
+      );
+    } else if (name === "host") {
+      // Letters, digits and what else an address or a host name can hold.
+      require(
+        /^[\p{L}\p{N}.:%_-]+$/u.test(String(value)),
+        "an address, such as 127.0.0.1 or ::",
+      );
+    } else if (name === "allow") {
+      for (const network of value as string[]) {
+        require(
+          parseNetwork(network) !== null,
+          "a network, such as 192.168.0.0/16",
+          network,
+        );
+      }
+    }
+  }
+  const { raw, askName, timestamps, tlsCert, tlsKey } = options;
+  if (raw && (askName || timestamps)) {
+    throw new UsageError(
+      `Cannot use --raw with ${askName ? "--ask-name" : "--timestamps"}: ` +
+        "a raw room relays lines as they are",
+    );
+  }
+  if (!tlsCert !== !tlsKey) {
+    const [one, other] = tlsCert ? ["cert", "key"] : ["key", "cert"];
+    throw new UsageError(
+      `Cannot use --tls-${one} alone: give --tls-${other} FILE too`,
+    );
   }
 }
 
-function leaveWith(message: string, status: number): never {
+// ---------------------------------------------------------------------------
+// Main: reads the command line, opens the room, and stops it on a signal.
+// ---------------------------------------------------------------------------
+
+/** How long standard output has to take the last lines. */
+const EXIT_MILLISECONDS = 250;
+
+function printer(file: typeof Deno.stdout): Output {
+  return new Output(file, PRINTED_CHARACTERS, {
+    dropped() {},
+    failed: () => false,
+  });
+}
+
+function exitWith(message: string, status: number): never {
   console.error(`parley: ${message}`);
   Deno.exit(status);
 }
@@ -3042,12 +3041,12 @@ async function main(args: string[]): Promise<void> {
     commandLine = parseOptions(args);
   } catch (error) {
     if (!(error instanceof UsageError)) throw error;
-    return leaveWith(error.message, 2);
+    return exitWith(error.message, 2);
   }
-  if (commandLine.help) return console.log(helpText().trimEnd());
+  if (commandLine.help) return console.log(helpText());
   if (commandLine.version) return console.log(`parley ${config.version}`);
 
-  const output = new Printer(Deno.stdout), errors = new Printer(Deno.stderr);
+  const output = printer(Deno.stdout), errors = printer(Deno.stderr);
   let server: ChatServer;
   try {
     server = ChatServer.listen(commandLine.options, {
@@ -3056,9 +3055,8 @@ async function main(args: string[]): Promise<void> {
     });
   } catch (error) {
     if (!(error instanceof OpenError)) throw error;
-    return leaveWith(error.message, 1);
+    return exitWith(error.message, 1);
   }
-
   const { hostname, port } = server.addr;
   const anywhere = hostname === "0.0.0.0" || hostname === "::";
   output.print(
@@ -3066,29 +3064,33 @@ async function main(args: string[]): Promise<void> {
       `Join with: nc ${anywhere ? "localhost" : hostname} ${port}`,
   );
 
-  // Whoever stops the server, a signal or the operator, it ends like this.
+  // However the server is stopped, by a signal or the operator.
   server.finished.then(async () => {
-    await output.flush(LINGER_MILLISECONDS / 4);
+    await output.flush(EXIT_MILLISECONDS);
     Deno.exit(0);
   });
-  let stopping = false;
-  const stopOn = (signal: Deno.Signal, number: number) =>
-    Deno.addSignalListener(signal, () => {
-      if (stopping) Deno.exit(128 + number);
-      stopping = true;
-      server.stop();
-    });
-  stopOn("SIGINT", 2);
-  if (Deno.build.os === "windows") stopOn("SIGBREAK", 21);
-  else stopOn("SIGTERM", 15);
+  stopOn("SIGINT", 2, server);
+  if (Deno.build.os === "windows") stopOn("SIGBREAK", 21, server);
+  else stopOn("SIGTERM", 15, server);
   if (commandLine.console) {
     await server.operate(await typedLines(), (line) => output.print(line))
       .catch((error) => errors.print(`parley: The console ends: ${error}`));
   }
 }
 
-/** What is typed on standard input. Who is not asked for the console must leave
- * it alone: a terminal stops a background job that reads. */
+/** Stops the server on a signal, and exits at once on the second one with the
+ * status that shells give: 128 and the signal's number. */
+function stopOn(signal: Deno.Signal, number: number, server: ChatServer): void {
+  let stopping = false;
+  Deno.addSignalListener(signal, () => {
+    if (stopping) Deno.exit(128 + number);
+    stopping = true;
+    server.stop();
+  });
+}
+
+/** The lines that are typed on standard input. It is read only for the console: a
+ * terminal stops a background job that reads. */
 async function typedLines(): Promise<ReadableStream<string>> {
   const { TextLineStream } = await import("@std/streams/text-line-stream");
   return Deno.stdin.readable.pipeThrough(new TextDecoderStream())
