@@ -1749,6 +1749,30 @@ Deno.test("--version prints the version in deno.json", async () => {
   assertEquals([code, output], [0, `parley ${config.version}\n`]);
 });
 
+Deno.test("the server asks the npm registry for deno-std and nothing else", async () => {
+  const asked = new Set<string>();
+  await using registry = Deno.serve({
+    hostname: "127.0.0.1",
+    port: 0,
+    onListen() {},
+  }, ({ url }) => {
+    asked.add(new URL(url).pathname.split("/")[1]);
+    return new Response("", { status: 404 });
+  });
+  const home = await Deno.makeTempDir(); // without a cache and without an .npmrc
+  const command = new Deno.Command(Deno.execPath(), {
+    args: ["run", "--no-prompt", MAIN, "--version"],
+    env: {
+      HOME: home,
+      DENO_DIR: home,
+      NPM_CONFIG_REGISTRY: `http://127.0.0.1:${registry.addr.port}`,
+    },
+  });
+  await within(finished(command), "the exit");
+  await Deno.remove(home, { recursive: true });
+  assertEquals([...asked], ["deno-std"]);
+});
+
 Deno.test("--quiet prints no joins and leaves", async () => {
   await using program = await Program.start(["--quiet"]);
   await using alice = await Guest.join(program.port);
