@@ -1,0 +1,238 @@
+/**
+ * The clients that people have, run as programs against a room in this process.
+ * Where a program is not installed, its tests are reported as ignored.
+ */
+import { assertEquals } from "@std/assert";
+import {
+  connectTls,
+  installed,
+  Lines,
+  LINUX,
+  open,
+  OPENSSL,
+  tlsOptions,
+  within,
+} from "./helpers.ts";
+
+const encoder = new TextEncoder();
+
+/** A client program: its lines are what it prints. */
+class ClientProgram extends Lines {
+  readonly #child: Deno.ChildProcess;
+  readonly #input: WritableStreamDefaultWriter<Uint8Array>;
+
+  private constructor(child: Deno.ChildProcess) {
+    super(showReturns(child.stdout));
+    this.#child = child;
+    this.#input = child.stdin.getWriter();
+  }
+
+  static start(command: string): ClientProgram {
+    return new ClientProgram(
+      new Deno.Command("sh", {
+        args: ["-c", `exec ${command}`],
+        stdin: "piped",
+        stdout: "piped",
+        stderr: "null",
+      }).spawn(),
+    );
+  }
+
+  async type(text: string): Promise<void> {
+    await this.#input.write(encoder.encode(text));
+  }
+
+  /** Ends its standard input. */
+  async typeEnd(): Promise<void> {
+    await this.#input.close();
+  }
+
+  /** Waits until it exits by itself. */
+  async exited(): Promise<void> {
+    await within(this.#child.status, "the client's exit");
+  }
+
+  override async [Symbol.asyncDispose](): Promise<void> {
+    try {
+      this.#child.kill("SIGKILL");
+    } catch { /* it has ended already */ }
+    await this.#child.status;
+    await this.#input.close().catch(() => {});
+    await super[Symbol.asyncDispose]();
+  }
+}
+
+/** Shows a carriage return as `^`: a line stream takes CR LF for LF, and would
+ * hide one that the server should not have sent. */
+function showReturns(bytes: ReadableStream<Uint8Array<ArrayBuffer>>) {
+  return bytes.pipeThrough(
+    new TransformStream<Uint8Array<ArrayBuffer>, Uint8Array<ArrayBuffer>>({
+      transform: (chunk, controller) =>
+        controller.enqueue(chunk.map((byte) => byte === 13 ? 94 : byte)),
+    }),
+  );
+}
+
+/** Opens a room in which guest1 is, and the client program becomes guest2. */
+async function meet(command: string, { encrypted = false, piped = "" } = {}) {
+  await using opened = new AsyncDisposableStack();
+  const server = opened.use(open(encrypted ? await tlsOptions() : {}));
+  const conn = opened.use(
+    encrypted
+      ? await connectTls(server.port)
+      : await Deno.connect({ hostname: "127.0.0.1", port: server.port }),
+  );
+  const room = opened.use(new Lines(showReturns(conn.readable)));
+  await room.find(/^\* The room contains: /);
+  const client = opened.use(
+    ClientProgram.start(command.replace("PORT", String(server.port))),
+  );
+  if (piped) {
+    await client.type(piped);
+    await client.typeEnd();
+  }
+  assertEquals(await room.next(), "* guest2 has entered the room");
+  const all = opened.move();
+  return {
+    client,
+    /** What guest1 receives. */
+    room,
+    /** Sends a line from guest1. */
+    say: (line: string) => conn.write(encoder.encode(line + "\n")),
+    [Symbol.asyncDispose]: () => all.disposeAsync(),
+  };
+}
+
+interface TestedClient {
+  name: string;
+  /** How a person starts it. */
+  command: string;
+  /** How it is started at the end of a pipe, so that it exits when that ends. */
+  piped?: string[];
+  encrypted?: boolean;
+  /** When its input ends it closes the connection at once, and does not print what
+   * the server still sends. */
+  closesAtOnce?: boolean;
+}
+
+// deno-fmt-ignore: a line each
+const CLIENTS: TestedClient[] = [
+  { name: "nc.openbsd", command: "nc.openbsd 127.0.0.1 PORT",
+    piped: ["nc.openbsd -N 127.0.0.1 PORT", "nc.openbsd -q 1 127.0.0.1 PORT"] },
+  { name: "nc.traditional", command: "nc.traditional 127.0.0.1 PORT",
+    piped: ["nc.traditional -q 1 127.0.0.1 PORT"] },
+  { name: "ncat", command: "ncat 127.0.0.1 PORT",
+    piped: ["ncat 127.0.0.1 PORT"] },
+  { name: "ncat -C", command: "ncat -C 127.0.0.1 PORT",
+    piped: ["ncat -C 127.0.0.1 PORT"] },
+  { name: "ncat --ssl", command: "ncat --ssl 127.0.0.1 PORT", encrypted: true,
+    piped: ["ncat --ssl 127.0.0.1 PORT"] },
+  { name: "telnet", command: "telnet 127.0.0.1 PORT" },
+  { name: "socat", command: "socat - TCP:127.0.0.1:PORT",
+    piped: ["socat - TCP:127.0.0.1:PORT"] },
+  { name: "plink -raw", command: "plink -batch -raw -P PORT 127.0.0.1",
+    piped: ["plink -batch -raw -P PORT 127.0.0.1"] },
+  { name: "plink -telnet", command: "plink -batch -telnet -P PORT 127.0.0.1" },
+  { name: "openssl s_client", encrypted: true, closesAtOnce: true,
+    command: "openssl s_client -quiet -connect 127.0.0.1:PORT",
+    piped: ["openssl s_client -quiet -no_ign_eof -connect 127.0.0.1:PORT"] },
+];
+
+for (const client of CLIENTS) {
+  const { name, command, piped = [], encrypted, closesAtOnce } = client;
+  Deno.test({
+    name: `${name} sends and prints lines unchanged`,
+    ignore: !installed(command.split(" ")[0]) || (encrypted && !OPENSSL),
+    async fn(t) {
+      await t.step("typed", async () => {
+        await using meeting = await meet(command, { encrypted });
+        const { client, room, say } = meeting;
+        await client.find(/^\* Welcome, guest2\./);
+        assertEquals(await client.next(), "* The room contains: guest1");
+        await client.type("Ça va? 你好 🙂\n");
+        assertEquals(await room.next(), "[guest2] Ça va? 你好 🙂");
+        await say("Grüße, 世界 🙂");
+        assertEquals(await client.next(), "[guest1] Grüße, 世界 🙂");
+        await client.type("/quit bye\n");
+        assertEquals(await room.next(), "* guest2 has left the room (bye)");
+        await client.typeEnd(); // some exit only then, whatever the server does
+        await client.exited();
+        assertEquals(await client.rest(), []);
+      });
+
+      for (const command of piped) {
+        await t.step(`... | ${command}`, async () => {
+          const piped = "one\n/who\ntwo";
+          await using meeting = await meet(command, { encrypted, piped });
+          const { client, room } = meeting;
+          assertEquals(await room.next(), "[guest2] one");
+          assertEquals(await room.next(), "[guest2] two");
+          assertEquals(await room.next(), "* guest2 has left the room");
+          await client.exited();
+          if (closesAtOnce) return;
+          assertEquals((await client.rest()).slice(1), [
+            "* The room contains: guest1",
+            "* The room contains: guest1, guest2",
+          ]);
+        });
+      }
+    },
+  });
+}
+
+Deno.test({
+  name: "telnet prints lines after its interrupt (Ctrl-C)",
+  ignore: !LINUX || !installed("telnet") || !installed("script"),
+  async fn() {
+    // script gives it a terminal.
+    const command = "script -qfc 'telnet 127.0.0.1 PORT' /dev/null";
+    await using meeting = await meet(command);
+    const { client, room, say } = meeting;
+    await client.find(/^\* The room contains: guest1/);
+    // Ctrl-C sends DO TIMING-MARK too, and telnet prints nothing before its answer.
+    await client.type("\x03one\n");
+    assertEquals(await room.next(), "[guest2] one");
+    await say("still there?");
+    await client.find(/^\[guest1\] still there\?/);
+    await client.type("/quit\n");
+    assertEquals(await room.next(), "* guest2 has left the room");
+    await client.exited();
+  },
+});
+
+Deno.test({
+  name: "plink -telnet may end lines by CR alone, and its input may end first",
+  ignore: !installed("plink"),
+  async fn() {
+    await using meeting = await meet("plink -batch -telnet -P PORT 127.0.0.1");
+    const { client, room, say } = meeting;
+    await client.type("one\rtwo\r\nthr"); // CR NUL, CR NUL LF on the wire
+    assertEquals(await room.next(), "[guest2] one");
+    assertEquals(await room.next(), "[guest2] two");
+    await client.type("ee\n");
+    await client.typeEnd(); // it sends a telnet command for that, and stays
+    assertEquals(await room.next(), "[guest2] three");
+    await say("still there?");
+    await client.find(/^\[guest1\] still there\?$/);
+  },
+});
+
+Deno.test({
+  name:
+    "openssl s_client -quiet sends every line, and stays after its input ends",
+  ignore: !OPENSSL,
+  async fn() {
+    await using meeting = await meet(
+      "openssl s_client -quiet -connect 127.0.0.1:PORT",
+      { encrypted: true },
+    );
+    const { client, room, say } = meeting;
+    // Without -quiet a line that begins with Q or R is a command of its own.
+    await client.type("Quite\nRight\n");
+    assertEquals(await room.next(), "[guest2] Quite");
+    assertEquals(await room.next(), "[guest2] Right");
+    await client.typeEnd();
+    await say("still there?");
+    await client.find(/^\[guest1\] still there\?$/);
+  },
+});
