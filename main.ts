@@ -1,5 +1,5 @@
 /**
- * Parley: a chat room for netcat, in one file.
+ * Parley: a chat room for `nc`, `telnet` and any other client, in one file.
  *
  * Open the room, and join it from any terminal:
  *
@@ -20,12 +20,12 @@
  * console.log("Listening on", server.addr.port);
  * ```
  *
- * The room is one append-only log of encoded lines, and every client is a
- * cursor into it. Saying something costs the same however many people listen,
- * a slow client holds up nobody, and the log has one bound for all.
+ * The room is one append-only log of encoded lines, and every client is a cursor
+ * into it. A message costs the same to append however many people are in the
+ * room, a slow client delays nobody, and the log has one bound for all.
  *
- * The parts, top to bottom, each using only what stands above it: options,
- * text, room, client, commands, gate, TLS, transcript, console, server, main.
+ * The parts, from top to bottom: options, text, room, client, commands, server,
+ * link, access, TLS, output, console, command line, main.
  *
  * @module
  */
@@ -54,31 +54,35 @@ export interface Options {
   host: string;
   /** TCP port to listen on; 0 picks a free one. */
   port: number;
+  /** Let other processes of this machine listen on the same port (Linux). */
+  reusePort: boolean;
   /** Relay lines as they are: no names, notices, commands or history. */
   raw: boolean;
-  /** Ask each newcomer for a name before anything else. */
+  /** Ask each client for a name before anything else. */
   askName: boolean;
-  /** Put the time of day, `12:34 `, before each line said. */
+  /** Put the time of day, `12:34 `, before messages and printed lines. */
   timestamps: boolean;
-  /** How many of the last lines said a newcomer is shown. */
+  /** How many of the last messages a new client is shown. */
   history: number;
+  /** The file whose lines a new client is shown after the welcome; or none. */
+  motd: string;
   /** Lines a second that each client may send; 0 is no limit. */
   rate: number;
-  /** How many clients may be connected; one more is told that it is full. */
+  /** How many clients may be connected. */
   maxClients: number;
-  /** The same for one address; 0 is no limit. */
+  /** How many of them from one address; 0 is no limit. */
   maxPerAddress: number;
   /** Admit only these networks and addresses, such as `192.168.0.0/16`. */
   allow: string[];
-  /** The file that holds the password, which is asked for first; or none. */
+  /** The file that holds the password, which clients are asked for; or none. */
   passwordFile: string;
   /** The file of the certificate chain for TLS (PEM); with `tlsKey`, or none. */
   tlsCert: string;
   /** The file of its private key (PEM). */
   tlsKey: string;
-  /** The file that what is said is appended to, and the history read from. */
+  /** The file that messages are appended to, and the history is read from. */
   log: string;
-  /** Do not report comings and goings. */
+  /** Do not report clients that connect and leave. */
   quiet: boolean;
 }
 
@@ -86,43 +90,36 @@ export interface Options {
 export interface CommandLine {
   /** The options that were given; what was not given is absent. */
   options: Partial<Options>;
-  /** Give standard input the operator's seat. */
-  console: boolean;
-  /** Print the help and leave. */
-  help: boolean;
-  /** Print the version and leave. */
-  version: boolean;
+  /** Let standard input be the operator's console. */
+  console?: boolean;
+  /** The port of the web page; 0 picks a free one. */
+  web?: number;
+  /** Networks of reverse proxies whose `X-Forwarded-For` is believed. */
+  trustProxy?: string[];
+  /** NATS servers by which the room is linked with others. */
+  link?: string[];
+  /** The name of this server among them. */
+  linkAs?: string;
+  /** The name of the room that they share. */
+  linkRoom?: string;
+  /** The file of the credentials for NATS. */
+  linkCreds?: string;
+  /** Print the help and exit. */
+  help?: boolean;
+  /** Print the version and exit. */
+  version?: boolean;
 }
 
-/** Options that cannot be used; the message says what to do. */
+/** Options that cannot be used; the message, one line, says what to do. */
 export class UsageError extends Error {
   /** What kind of error it is. */
   override name = "UsageError";
-
-  /**
-   * Brings `message` to one line, whatever was typed into it.
-   *
-   * @param message what is wrong, and what to do
-   */
-  constructor(message: string) {
-    super(singleLine(message));
-  }
 }
 
-/** A room that cannot be opened; the message says why, and what to do. */
+/** A room that cannot be opened; the message, one line, says what to do. */
 export class OpenError extends Error {
   /** What kind of error it is. */
   override name = "OpenError";
-
-  /**
-   * Brings `message` to one line, whatever the names of files in it.
-   *
-   * @param message what cannot be opened, why, and what to do
-   * @param options what caused it
-   */
-  constructor(message: string, options?: ErrorOptions) {
-    super(singleLine(message), options);
-  }
 }
 
 /** A text without line ends and what else a terminal does not show as it is. */
@@ -136,106 +133,179 @@ function reason(error: unknown): string {
 }
 
 // ---------------------------------------------------------------------------
-// Text: what bytes become lines, what of a line may pass, what is a name.
+// Text: how bytes become lines, what a line may hold, and what a name is.
 // ---------------------------------------------------------------------------
 
-/** The longest line, in bytes; a longer one is passed on in pieces of this. */
+/** The longest line, in bytes. A longer message is passed on in pieces; a longer
+ * command or answer is refused. */
 const LINE_BYTES = 4_096;
 
-const NUL = 0, TAB = 9, LF = 10, CR = 13, SPACE = 32, SLASH = 47, TILDE = 126;
+/** The longest escape sequence that a key sends, about. */
+const ESCAPE_BYTES = 32;
 
-// The commands of the telnet protocol (RFC 854) that are longer than two bytes.
-const SE = 240, SB = 250, WILL = 251, WONT = 252, DO = 253, DONT = 254;
-const IAC = 255;
+const NUL = 0, BS = 8, TAB = 9, LF = 10, CR = 13, NAK = 21, ESC = 27;
+const SPACE = 32, SLASH = 47, TILDE = 126, DEL = 127;
 
-/** The most that one read's worth of telnet options is answered with. */
-const MOST_REPLY_BYTES = 192;
-
-/** Where in a telnet command the stream stands. */
-const enum Telnet {
-  Text,
-  Command,
-  Option,
-  Subnegotiation,
-  SubnegotiationCommand,
-}
+/** What {@linkcode LineSplitter} puts before a piece of a long message that begins
+ * with a slash, and in place of a line that is too long to be a command. Neither
+ * can be typed: cleaning removes them. */
+const PIECE = 1, TOO_LONG = 2;
 
 type Timer = ReturnType<typeof setTimeout>;
 
 const NO_BYTES = new Uint8Array(0), LINE_END = Uint8Array.of(LF);
 const encoder = new TextEncoder();
-// A mark of byte order is dropped when a line is cleaned: if the decoder did it,
-// only a chunk's first line would lose it.
+// A byte order mark is dropped when a line is cleaned: if the decoder did it,
+// only the first line of a chunk would lose it.
 const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
 
-// Escape sequences after ECMA-48: control sequences (5.4), control strings
-// (5.6: titles, links, device control), and the others (ECMA-35, 13.2).
-// node:util's stripVTControlCharacters leaves half of a title behind, takes
-// letters of the text for the end of a sequence, and costs 10 ms at start-up.
-// Every alternative is linear: none can begin inside what another has read.
+// Escape sequences (ECMA-48): control sequences (5.4) and the function keys of the
+// Linux console, control strings (5.6: titles, links), single shifts with their
+// character (function keys), and two that programs print. node:util's
+// stripVTControlCharacters leaves half of a title behind, takes letters of the
+// text, and costs 10 ms at start-up. Every alternative is linear: none begins
+// inside what another has read.
 const ESCAPES =
   // deno-lint-ignore no-control-regex
-  /(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x1b\\|\x9c)|\x1b[ -/]*[0-~]/g;
+  /(?:\x1b\[|\x9b)(?:\[[A-E]|[0-?]*[ -.]*[@-~])|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x1b\\|\x9c)|(?:\x1b[NO]|[\x8e\x8f])[0-9;]*[@-~]|\x1b[()][0AB]|\x1b#[3-8]/g;
 
-// Control characters but TAB, DEL, C1, line and paragraph separators, and what
-// turns the direction of text around (Unicode UAX #9: embeddings, overrides and
-// isolates). Also the mark of byte order, which would hide a command's slash.
+// Control characters, line and paragraph separators, what turns the direction of
+// text around (Unicode UAX #9), and the byte order mark.
 const CONTROLS =
   // deno-lint-ignore no-control-regex
-  /[\x00-\x08\n-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]/g;
+  /[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]/;
 
-// Whether lines need cleaning at all: the same but LF, what was no UTF-8, or a
-// line that is empty.
+// What belongs to the character before it.
+const MARK = /[\p{M}\u200d\p{VS}]/u;
+
+/** A line that shows nothing. */
+const BLANK = /^[\p{White_Space}\p{DI}\u2800]*$/v;
+
+// What would hide the slash of a command at the start of a line: what shows nothing
+// or was no text, and escape sequences that are broken off. Only spaces stay there.
+// No character fits two alternatives, or a run of them would take endlessly.
+const HIDDEN = String
+  .raw`(?:(?:\x1b[\[\]PX\^_NO]?|[\x8e-\x90\x98\x9b\x9d-\x9f])[0-?]*|[[\p{White_Space}\p{DI}\p{Co}\p{Cn}\p{Cc}\u2028-\u202e\u2066-\u2069\ufeff\ufffd]--[\x1b\x8e-\x90\x98\x9b\x9d-\x9f]])`;
+const HIDDEN_START = new RegExp(`^${HIDDEN}+(?=/)`, "v");
+
+// Whether a chunk may hold a line that has to be changed.
 const SUSPECT =
   // deno-lint-ignore no-control-regex
-  /[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ufffd]|^\n|\n\n/;
+  /[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ufffd]|^[\p{White_Space}\p{DI}\p{Co}\p{Cn}\u2800]|\t/mv;
 
 /**
- * Takes out of a line what could disturb a terminal or pass for another line:
- * escape sequences (ECMA-48) whole, then every control character but TAB, C1,
- * DEL, line and paragraph separators, and bidirectional controls.
+ * Removes from a line what could disturb a terminal or pass for another line:
+ * escape sequences (ECMA-48) whole, what Backspace erases, and every other control
+ * character, C1, separators and bidirectional controls. A TAB becomes spaces up
+ * to the next multiple of 8, as it would keep a terminal at its last column.
  *
  * @param line one line of text, without its end
- * @returns the line as the room may hear it; it can be empty
- *
- * @example
- * ```ts
- * import { assertEquals } from "@std/assert";
- * import { cleanLine } from "./main.ts";
- *
- * assertEquals(cleanLine("\x1b]0;a title\x07\x1b[31mred\x07"), "red");
- * ```
+ * @param options `tabs`: whether a TAB stays, as in a raw room
+ * @returns the line as others may receive it; empty if it would show nothing
  */
-export function cleanLine(line: string): string {
-  return line.replace(ESCAPES, "").replace(CONTROLS, "");
+export function cleanLine(line: string, { tabs = false } = {}): string {
+  const clean = CONTROLS.test(line)
+    ? scrub(line.replace(ESCAPES, "\0"), tabs)
+    : showStart(line);
+  return BLANK.test(clean) ? "" : clean;
 }
 
-// "Letters and digits of any script" with the marks that many scripts write
-// vowels with, but nothing that does not show (which would let two people look
-// the same), such as the Hangul filler, a letter by its class.
+/** Removes what hides a slash at the start of a line. */
+function showStart(line: string): string {
+  return line.replace(HIDDEN_START, (start) => {
+    const spaces = start.match(/\p{White_Space}/gu) ?? [];
+    return " ".repeat(spaces.length);
+  });
+}
+
+/** Whether all of the start of a line would be removed before a slash. */
+function hidesSlash(start: string): boolean {
+  return cleanLine(start + "/").trimStart() === "/";
+}
+
+/** What a TAB fills after its first column, until the line is finished. */
+const TAB_CELL = 1;
+
+/** Removes control characters, and does what TAB asks for, and Backspace, DEL and
+ * Ctrl-U of a client in raw mode, whose terminal edits nothing. One pass over all:
+ * an expression for each takes 20 to 40 times as long as plain text. */
+function scrub(line: string, tabs: boolean): string {
+  const units = new Uint16Array(Math.max(line.length, LINE_BYTES) + 8);
+  let text = showStart(line), length = 0, spare = LINE_BYTES - line.length;
+  for (let i = 0; i < text.length; i++) {
+    const unit = text.charCodeAt(i);
+    if (unit >= SPACE && unit <= TILDE) units[length++] = unit;
+    else if (unit === BS || unit === DEL || unit === NAK) {
+      const before = length;
+      length = unit === NAK ? 0 : withoutLast(units, length);
+      if (before === 0 || length > 0) continue;
+      text = showStart(text.slice(i + 1)); // the line begins here
+      i = -1;
+    } else if (unit === TAB && !tabs) {
+      // One space alone, where the line would grow too long.
+      const width = spare > 8 ? 8 - length % 8 : 1;
+      spare -= width - 1;
+      units[length++] = TAB;
+      for (let cell = 1; cell < width; cell++) units[length++] = TAB_CELL;
+    } else if (unit === TAB || !isControl(unit)) units[length++] = unit;
+  }
+  if (!tabs) {
+    for (let i = 0; i < length; i++) if (units[i] < SPACE) units[i] = SPACE;
+  }
+  let clean = "";
+  for (let start = 0; start < length; start += LINE_BYTES) {
+    const end = Math.min(start + LINE_BYTES, length);
+    // Not spread: that goes through an iterator.
+    const part = units.subarray(start, end) as unknown as number[];
+    clean += String.fromCharCode.apply(null, part);
+  }
+  return clean;
+}
+
+/** Whether a unit that is no printable ASCII is one of {@linkcode CONTROLS}. */
+function isControl(unit: number): boolean {
+  return unit < 0xa0 || (unit >= 0x2028 && unit <= 0x202e) ||
+    (unit >= 0x2066 && unit <= 0x2069) || unit === 0xfeff;
+}
+
+/** Where the last character begins, with the marks that belong to it. */
+function withoutLast(units: Uint16Array, length: number): number {
+  while (length > 0) {
+    const unit = units[--length];
+    if (unit === TAB_CELL) continue;
+    if (unit >= 0xdc00 && unit < 0xe000) return Math.max(0, length - 1);
+    if (unit < 0x300 || !MARK.test(String.fromCharCode(unit))) return length;
+  }
+  return 0;
+}
+
+// Letters and digits of any script, with the marks that many scripts write vowels
+// with, but nothing that does not show, such as the Hangul filler, a letter by its
+// class.
 const NAME =
   /^[[\p{L}\p{Nd}_\-]--\p{DI}][[\p{L}\p{M}\p{Nd}_\-]--\p{DI}]{0,23}$/v;
 
-/** Names that would make what their owner says look like the server's words. */
-const HOST = "host", RESERVED_NAMES = new Set([HOST, "you", "server"]);
+/** What lets two names look alike nevertheless: many marks on one letter, a dot on
+ * an i that has one, and letters that are blank. */
+const CONFUSING =
+  /\p{M}{4}|[iIjJ\u0456\u0458]\u0307|[\u{13441}-\u{13446}\u{16fe4}]/u;
 
-/** What looks like a letter of those names: Cyrillic, Greek, Armenian, small
- * capitals, digits. */
-const LOOKALIKES = new Map(
-  Object.entries({
-    e: "еᴇє3",
-    h: "һнʜհηħ",
-    o: "оοօᴏ0",
-    r: "гʀ",
-    s: "ѕꜱ5",
-    t: "тτᴛ",
-    u: "υսᴜ",
-    v: "ѵνᴠ",
-    y: "уүʏγ",
-  }).flatMap(([letter, likes]) =>
-    Array.from(likes, (like) => [like, letter] as const)
-  ),
-);
+/** The longest text that is looked at as a name, in UTF-16 units. Normalizing
+ * thousands of combining marks takes milliseconds. */
+const NAME_UNITS = 200;
+
+/** The operator's name. */
+const HOST = "host";
+
+/** Names that the server's own lines begin with, in letters that look like those
+ * of other scripts once they are in lower case. */
+const RESERVED_NAME = (() => {
+  const o = "[oоοօᴏ0ꓳⲟ]", e = "[eеεᴇєꓰꭼ3]", r = "[rгʀꓣꭱ]", s = "[sѕꜱտꓢꮪ5]";
+  const host = `[hһнʜհηħꓧꮋ]${o}${s}[tтτᴛꓔꭲ]`;
+  const you = `[yуүυʏγꓬ]${o}[uυսᴜꓴ]`;
+  const server = `${s}${e}${r}[vνѵᴠꓦ]${e}${r}`;
+  return new RegExp(`^(?:${host}|${you}|${server})$`, "u");
+})();
 
 const NAME_RULE = "A name is 1 to 24 letters, digits, _ or -.";
 
@@ -245,39 +315,27 @@ const NAME_RULE = "A name is 1 to 24 letters, digits, _ or -.";
  * @param name what a person typed
  * @returns the name, or `null` if it is none: 1 to 24 letters, digits, `_` or
  * `-` of any script
- *
- * @example
- * ```ts
- * import { assertEquals } from "@std/assert";
- * import { normalizeName } from "./main.ts";
- *
- * assertEquals(normalizeName("ａｌｉｃｅ"), "alice");
- * assertEquals(normalizeName("no spaces"), null);
- * ```
  */
 export function normalizeName(name: string): string | null {
+  if (name.length > NAME_UNITS) return null;
   const normal = name.trim().normalize("NFKC");
-  return NAME.test(normal) ? normal : null;
+  return NAME.test(normal) && !CONFUSING.test(normal) ? normal : null;
 }
 
-/** What two names share if they differ in case alone. Neither case is enough: ẞ
- * and ß meet in lower case, ς and σ, or ı and i, in upper case. */
+/** What two names have in common if they differ in case alone. Neither case is
+ * enough: ẞ and ß meet in lower case, ς and σ, or ı and i, in upper case. */
 function nameKey(name: string): string {
-  return /^[\w-]*$/.test(name)
-    ? name.toLowerCase()
-    : name.normalize("NFKC").toLowerCase().toUpperCase().toLowerCase()
-      .normalize("NFKC");
+  if (/^[\w@-]*$/.test(name) || name.length > NAME_UNITS) {
+    return name.toLowerCase();
+  }
+  return name.normalize("NFKC").toLowerCase().toUpperCase().toLowerCase()
+    .normalize("NFKC");
 }
 
 /** Whether a name is reserved, or could be taken for one that is. */
 function isReserved(name: string): boolean {
   const plain = nameKey(name).normalize("NFD").replace(/\p{M}/gu, "");
-  // The Greek upsilon is like a y in capitals.
-  return [plain, plain.replace(/^υ/, "y")].some((it) =>
-    RESERVED_NAMES.has(
-      Array.from(it, (letter) => LOOKALIKES.get(letter) ?? letter).join(""),
-    )
-  );
+  return RESERVED_NAME.test(plain);
 }
 
 function concatenate(parts: Uint8Array[]): Uint8Array<ArrayBuffer> {
@@ -304,159 +362,297 @@ function delay(milliseconds: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
 
-/**
- * Makes lines of one client's bytes, the same ones however the stream is cut
- * into reads. It holds back less than {@linkcode LINE_BYTES} + one read.
- *
- * A stream of `TextDecoderStream` and `TextLineStream` would read better, but it
- * costs 84 KB a client (this: 8) and holds a line of any length in memory.
- */
-class LineSplitter {
-  /** The answer that the telnet client of the last chunk is owed, if any. */
-  reply: Uint8Array | null = null;
-  #partial: Uint8Array = NO_BYTES;
-  #telnet = Telnet.Text;
+/** Resolves when `promise` does, or when the time is over. */
+async function atMost(
+  milliseconds: number,
+  promise: Promise<unknown>,
+): Promise<void> {
+  const { promise: late, resolve } = Promise.withResolvers<void>();
+  const timer = setTimeout(resolve, milliseconds);
+  await Promise.race([promise, late]);
+  clearTimeout(timer);
+}
+
+// The telnet protocol (RFC 854): commands from 236 (RFC 1184) on, and those that
+// something follows.
+const FIRST_COMMAND = 236, SE = 240, IP = 244, AYT = 246, EC = 247, EL = 248;
+const SB = 250, WILL = 251, WONT = 252, DO = 253, DONT = 254, IAC = 255;
+const BINARY = 0; // RFC 856
+
+/** How many bytes of replies to one read are enough to add no more. */
+const MOST_REPLY_BYTES = 192;
+
+/** The most bytes of a sub-negotiation: one without an end is given up. */
+const SUBNEGOTIATION_BYTES = 4_096;
+
+const enum Telnet {
+  Text,
+  /** After IAC. */
+  Command,
+  /** After WILL, WONT, DO or DONT. */
+  Option,
+  Subnegotiation,
+  /** After IAC in a sub-negotiation. */
+  SubnegotiationCommand,
+  /** After a sub-negotiation without an end, up to the next line end. */
+  Lost,
+}
+
+/** Takes the telnet protocol out of a client's bytes. */
+class TelnetFilter {
+  /** What the last bytes are to be answered with. */
+  reply: number[] = [];
+  /** What the user asked for by the last bytes: AYT, IP, or nothing. */
+  request = 0;
+  #state = Telnet.Text;
   #verb = 0;
+  #length = 0;
+  #asked = false;
 
-  /** The lines that `chunk` completes, cleaned and with their ends, without the
-   * empty ones. They may lie in `chunk`: use them before it is overwritten. */
-  push(chunk: Uint8Array): Uint8Array {
-    // What most people type passes through as the bytes it came in: decoded and
-    // encoded again, a line between two people took 3 % more time.
-    const plain = this.#telnet === Telnet.Text && isPlain(chunk);
-    let bytes = plain ? chunk : this.#withoutTelnet(chunk);
-    if (this.#partial.length) bytes = concatenate([this.#partial, bytes]);
-    if (bytes.length > LINE_BYTES) bytes = breakLongLines(bytes);
-    const end = bytes.lastIndexOf(LF) + 1;
-    this.#partial = end === bytes.length ? NO_BYTES : bytes.slice(end);
-    const lines = bytes.subarray(0, end);
-    return plain && bytes === chunk ? lines : cleanLines(lines);
+  get isInText(): boolean {
+    return this.#state === Telnet.Text;
   }
 
-  /** The last words of a stream that ended without a newline. */
-  end(): Uint8Array {
-    const line = this.#partial;
-    this.#partial = NO_BYTES;
-    return line.length ? cleanLines(concatenate([line, LINE_END])) : NO_BYTES;
-  }
-
-  /**
-   * Takes the telnet protocol out of a chunk: commands, negotiation, and
-   * CR NUL, which ends a line like CR LF (RFC 854, page 11).
-   *
-   * Every option is refused, as RFC 854 asks of who does not know it. A telnet
-   * whose user pressed Ctrl-C shows nothing more before that answer comes
-   * (RFC 860, TIMING-MARK).
-   */
-  #withoutTelnet(chunk: Uint8Array): Uint8Array {
-    if (
-      this.#telnet === Telnet.Text && !chunk.includes(IAC) &&
-      !chunk.includes(NUL)
-    ) return chunk;
-    const text = new Uint8Array(chunk.length), reply: number[] = [];
-    let length = 0, before = this.#partial.at(-1);
+  /** The text of a chunk. A byte 255 is never text in UTF-8: it is dropped, where
+   * it is doubled, or what follows it is no command, as when the system took the
+   * urgent byte of a Synch out of the stream (RFC 854, page 9). */
+  filter(chunk: Uint8Array): Uint8Array {
+    const text = new Uint8Array(chunk.length);
+    let length = 0;
     for (const byte of chunk) {
-      switch (this.#telnet) {
+      switch (this.#state) {
         case Telnet.Text:
-          if (byte === IAC) this.#telnet = Telnet.Command;
-          else {
-            text[length++] = before === CR && byte === NUL ? LF : byte;
-            before = byte;
-          }
+          if (byte === IAC) this.#state = Telnet.Command;
+          else text[length++] = byte;
           break;
         case Telnet.Command:
-          if (byte === IAC) { // an escaped byte 255, no UTF-8
-            before = text[length++] = IAC;
-            this.#telnet = Telnet.Text;
-          } else if (byte >= WILL) {
-            this.#verb = byte;
-            this.#telnet = Telnet.Option;
-          } else if (byte === SB) this.#telnet = Telnet.Subnegotiation;
-          else this.#telnet = Telnet.Text;
+          if (byte === EC) text[length++] = BS;
+          if (byte === EL) text[length++] = NAK;
+          if (byte < FIRST_COMMAND) text[length++] = byte;
+          this.#command(byte);
           break;
         case Telnet.Option:
-          if (this.#verb === DO) reply.push(IAC, WONT, byte);
-          if (this.#verb === WILL) reply.push(IAC, DONT, byte);
-          this.#telnet = Telnet.Text;
+          this.#option(byte);
           break;
         case Telnet.Subnegotiation:
-          if (byte === IAC) this.#telnet = Telnet.SubnegotiationCommand;
+          if (byte === IAC) this.#state = Telnet.SubnegotiationCommand;
+          else if (++this.#length > SUBNEGOTIATION_BYTES) {
+            this.#state = Telnet.Lost;
+          }
           break;
         case Telnet.SubnegotiationCommand:
-          this.#telnet = byte === SE ? Telnet.Text : Telnet.Subnegotiation;
+          if (byte < FIRST_COMMAND || byte === IAC) {
+            this.#state = Telnet.Subnegotiation;
+          } else this.#command(byte); // SE, or another that ends it as well
+          break;
+        case Telnet.Lost:
+          if (byte === LF || byte === CR) {
+            text[length++] = byte;
+            this.#state = Telnet.Text;
+          }
       }
-    }
-    if (reply.length) {
-      this.reply = new Uint8Array(reply.slice(0, MOST_REPLY_BYTES));
     }
     return text.subarray(0, length);
   }
+
+  #command(byte: number): void {
+    if (byte === IAC) return; // it may begin a command itself
+    this.#state = byte >= WILL
+      ? Telnet.Option
+      : byte === SB
+      ? Telnet.Subnegotiation
+      : Telnet.Text;
+    this.#verb = byte;
+    this.#length = 0;
+    if (byte === AYT || byte === IP) this.request = byte;
+    if (byte < SE || this.#asked) return;
+    this.#asked = true; // without it Debian's telnet sends 7 bits of each byte
+    this.reply.push(IAC, DO, BINARY);
+  }
+
+  /** Refuses an option. A telnet whose user pressed Ctrl-C shows nothing more
+   * before that answer comes (RFC 860, TIMING-MARK). */
+  #option(option: number): void {
+    this.#state = Telnet.Text;
+    if (this.reply.length >= MOST_REPLY_BYTES) return;
+    if (this.#verb === DO) this.reply.push(IAC, WONT, option);
+    if (this.#verb === WILL && option !== BINARY) {
+      this.reply.push(IAC, DONT, option);
+    }
+  }
 }
 
-/** Ends a line wherever one would grow longer than {@linkcode LINE_BYTES}. */
-function breakLongLines(bytes: Uint8Array): Uint8Array {
-  const pieces: Uint8Array[] = [];
-  let from = 0, line = 0;
-  while (line <= bytes.length) {
-    const found = bytes.indexOf(LF, line);
-    const stop = found < 0 ? bytes.length : found;
-    while (stop - line > LINE_BYTES) {
-      line = characterStart(bytes, line + LINE_BYTES);
-      pieces.push(bytes.subarray(from, line), LINE_END);
-      from = line;
-    }
-    line = stop + 1;
+/**
+ * Makes lines of one client's bytes: the same ones however the stream is cut into
+ * reads. It holds back less than {@linkcode LINE_BYTES} + one read.
+ *
+ * `TextDecoderStream` and `TextLineStream` would read better, but cost 84 KB a
+ * client (this: 8), and hold a line of any length in memory.
+ */
+class LineSplitter {
+  /** Made with the first IAC. */
+  telnet: TelnetFilter | null = null;
+  /** What the last chunk cost beyond its lines, in lines: those that are not sent,
+   * and bytes that are removed, {@linkcode LINE_BYTES} for a line. */
+  junk = 0;
+  #partial: Uint8Array = NO_BYTES;
+  #afterCr = false;
+  /** Within a line that is too long: the rest is further pieces of a message, or is
+   * refused. */
+  #long: "" | "message" | "refused" = "";
+
+  /**
+   * @param tabs whether a TAB stays
+   * @param refuses whether a line that begins like this is refused if it is too
+   * long, rather than passed on in pieces
+   */
+  constructor(
+    readonly tabs: boolean,
+    readonly refuses: (start: string) => boolean,
+  ) {}
+
+  /** The lines that `chunk` completes, cleaned, with their ends. They may lie in
+   * `chunk`: use them before it is overwritten. */
+  push(chunk: Uint8Array): Uint8Array {
+    this.junk = 0;
+    // What most people type passes as the bytes it came in: decoded and encoded
+    // again, a line between two people takes 3 % more time.
+    const plain = !this.#afterCr && (this.telnet?.isInText ?? true) &&
+      isPlain(chunk, this.tabs);
+    let bytes = plain ? chunk : this.#endLines(this.#withoutTelnet(chunk));
+    this.junk += (chunk.length - bytes.length) / LINE_BYTES;
+    if (this.#partial.length > 0) bytes = concatenate([this.#partial, bytes]);
+    if (this.#long !== "" || hasLongLine(bytes)) return this.#pieces(bytes);
+    const end = bytes.lastIndexOf(LF) + 1;
+    this.#partial = end === bytes.length ? NO_BYTES : bytes.slice(end);
+    const lines = bytes.subarray(0, end);
+    return plain && bytes === chunk ? lines : this.#clean(lines);
   }
-  return pieces.length ? concatenate([...pieces, bytes.subarray(from)]) : bytes;
+
+  /** The last line of a stream that ended without a line end. */
+  end(): Uint8Array {
+    this.telnet = null;
+    return this.#partial.length > 0 ? this.push(LINE_END) : NO_BYTES;
+  }
+
+  #withoutTelnet(chunk: Uint8Array): Uint8Array {
+    if (this.telnet === null && !chunk.includes(IAC)) return chunk;
+    return (this.telnet ??= new TelnetFilter()).filter(chunk);
+  }
+
+  /** Makes one LF of each line end: CR LF, CR NUL (RFC 854, page 11), and the CR
+   * alone that a client in raw mode sends for Enter. */
+  #endLines(bytes: Uint8Array): Uint8Array {
+    if (!this.#afterCr && !bytes.includes(CR)) return bytes;
+    const text = new Uint8Array(bytes.length);
+    let length = 0;
+    for (const byte of bytes) {
+      const second = this.#afterCr && (byte === LF || byte === NUL);
+      this.#afterCr = byte === CR;
+      if (!second) text[length++] = byte === CR ? LF : byte;
+    }
+    return text.subarray(0, length);
+  }
+
+  /** Whole lines as others may receive them, without those that show nothing.
+   *
+   * @param first whether they begin with the first line of a chunk
+   */
+  #clean(lines: Uint8Array, first = true): Uint8Array {
+    if (lines.length === 0) return lines;
+    const text = decoder.decode(lines);
+    if (!SUSPECT.test(text)) return lines;
+    const typed = text.split("\n"), { tabs } = this;
+    const kept = typed.filter(Boolean).map((line) => cleanLine(line, { tabs }))
+      .filter(Boolean);
+    if (first && this.refuses("") && cleanLine(typed[0]) === "") {
+      kept.unshift(String.fromCharCode(TOO_LONG)); // an empty answer
+    }
+    const clean = encoder.encode(kept.map((line) => line + "\n").join(""));
+    this.junk += typed.length - 1 - kept.length;
+    this.junk += Math.max(0, lines.length - clean.length) / LINE_BYTES;
+    return clean;
+  }
+
+  /** Does what #clean does where a line is too long: gives a message in pieces, cut between
+   * characters; in place of a command {@linkcode TOO_LONG}. */
+  #pieces(bytes: Uint8Array): Uint8Array {
+    const pieces: Uint8Array[] = [];
+    for (let start = 0; start < bytes.length;) {
+      const found = bytes.indexOf(LF, start);
+      let end = found < 0 ? bytes.length : found;
+      const isLong = end - start > LINE_BYTES;
+      if (isLong) {
+        end = characterStart(bytes, start + LINE_BYTES);
+        // Not within a key's sequence, half of which would be letters.
+        const last = bytes.subarray(end - ESCAPE_BYTES, end);
+        const escape = last.lastIndexOf(ESC);
+        if (escape >= 0) end -= last.length - escape;
+      }
+      if (!isLong && found < 0 && this.#long !== "refused") {
+        this.#partial = bytes.slice(start);
+        return concatenate(pieces);
+      }
+      const line = concatenate([bytes.subarray(start, end), LINE_END]);
+      const clean = this.#long === "refused"
+        ? NO_BYTES
+        : this.#clean(line, start === 0);
+      const text = isLong && !this.#long ? decoder.decode(clean).trimEnd() : "";
+      if (text !== "" && !hidesSlash(decoder.decode(line).trimEnd())) {
+        const refused = this.refuses(text);
+        this.#long = refused ? "refused" : "message";
+        pieces.push(refused ? Uint8Array.of(TOO_LONG, LF) : clean);
+      } else {
+        // The first piece that shows something decides, and is no further one.
+        if (this.#long !== "" && clean[0] === SLASH) {
+          pieces.push(Uint8Array.of(PIECE));
+        }
+        pieces.push(clean);
+      }
+      if (!isLong && found >= 0) this.#long = "";
+      start = isLong ? end : end + 1;
+    }
+    this.#partial = NO_BYTES;
+    return concatenate(pieces);
+  }
+}
+
+/** Whether a line, or the end without a line end, is too long. */
+function hasLongLine(bytes: Uint8Array): boolean {
+  if (bytes.length <= LINE_BYTES) return false;
+  for (let start = 0; bytes.length - start > LINE_BYTES;) {
+    // Back from where the line must have ended, so that short lines are skipped.
+    const end = bytes.lastIndexOf(LF, start + LINE_BYTES);
+    if (end < start) return true;
+    start = end + 1;
+  }
+  return false;
 }
 
 /** Where the character that holds the byte at `offset` begins (RFC 3629). */
 function characterStart(bytes: Uint8Array, offset: number): number {
   for (let start = offset; start > offset - 4; start--) {
-    if ((bytes[start] & 0xc0) === 0x80) continue;
-    const length = bytes[start] >= 0xf0
-      ? 4
-      : bytes[start] >= 0xe0
-      ? 3
-      : bytes[start] >= 0xc0
-      ? 2
-      : 1;
+    const byte = bytes[start];
+    if ((byte & 0xc0) === 0x80) continue;
+    const length = byte >= 0xf0 ? 4 : byte >= 0xe0 ? 3 : byte >= 0xc0 ? 2 : 1;
     return start + length > offset ? start : offset;
   }
   return offset; // no UTF-8: any place will do
 }
 
-/** Whether there is nothing in a chunk to be cleaned: it is of printable ASCII
- * and TAB, in lines of which none is empty. */
-function isPlain(chunk: Uint8Array): boolean {
-  let before = LF;
+/** Whether there is nothing to clean in a chunk: it is of printable ASCII, in lines
+ * that show something. */
+function isPlain(chunk: Uint8Array, tabs: boolean): boolean {
+  let shown = false;
   for (let i = 0; i < chunk.length; i++) { // `for of` takes 4.5 times as long
-    const byte = chunk[i], printable = byte >= SPACE && byte <= TILDE;
-    if (!printable && byte !== TAB && (byte !== LF || before === LF)) {
-      return false;
-    }
-    before = byte;
+    const byte = chunk[i];
+    if (byte > SPACE && byte <= TILDE) shown = true;
+    else if (byte === LF) {
+      if (!shown) return false;
+      shown = false;
+    } else if (byte !== SPACE && (byte !== TAB || !tabs)) return false;
   }
   return true;
-}
-
-/** Whole lines as the room may hear them, with their ends. */
-function cleanLines(lines: Uint8Array): Uint8Array {
-  const text = decoder.decode(lines);
-  if (!SUSPECT.test(text)) return lines;
-  return encoder.encode(
-    splitLines(text).map((line) => line + "\n").join(""),
-  );
-}
-
-/** The lines of a text, cleaned, without the empty ones. */
-function splitLines(text: string): string[] {
-  return text.split("\n").map(cleanLine).filter(Boolean);
-}
-
-/** What is typed elsewhere, as the lines that a client's would have become. */
-function linesOf(text: string): string[] {
-  return splitLines(decoder.decode(breakLongLines(encoder.encode(text))));
 }
 
 // ---------------------------------------------------------------------------
@@ -491,9 +687,30 @@ const APPENDED_LINES = 256, APPENDED_BYTES = 8_192;
  * inserted by them. A reader beyond either is too slow. */
 const MOST_DETOURS = 4_096, MOST_INSERTED_BYTES = 65_536;
 
-/** How many bytes may be appended in a turn before input waits for the next one:
- * each reader that keeps up writes at least a segment a turn. */
-const TURN_BYTES = SEGMENT_BYTES;
+/** A client for which more than this waits outside the log is not read: answers to
+ * what it sends wait like everything else. */
+const BACKLOG_BYTES = 16_384, BACKLOG_DETOURS = 1_024;
+
+/** How much a turn of the event loop takes in, in milliseconds of work and in bytes
+ * appended, before it lets reads and writes happen. */
+const TURN_MILLISECONDS = 4, TURN_BYTES = 65_536;
+
+/** How many writes to single readers a turn takes. In each the runtime begins and
+ * ends 128 reads and writes (tokio's budget): with more of these, reads wait for
+ * them, and everyone's lines with the reads. */
+const TURN_ANSWERS = 64;
+
+/** How much one client may send in a turn while nobody waits, in bytes; a line
+ * counts for {@linkcode LINE_COST} more. */
+const CLIENT_TURN_BYTES = 16_384, LINE_COST = 64;
+
+/** After how long writes that have not ended are let end before more input is
+ * handled, in milliseconds. */
+const OLD_WRITE_MILLISECONDS = 100;
+
+/** For how many turns of about a millisecond input waits for them at most. If none
+ * ends in a turn, the others are up to clients that do not read. */
+const MOST_WAITING_TURNS = 50;
 
 /** In a room of up to this many readers a flush starts at a random one. Of more
  * writes the runtime postpones those past the first 128 (tokio's budget), in an
@@ -501,11 +718,9 @@ const TURN_BYTES = SEGMENT_BYTES;
  * readers get 1.6 times as many lines if the order stays the same. */
 const RANDOM_START_READERS = 256;
 
-/** A room of more people than this gathers join and leave notices. */
-const CROWD = 50;
-
-/** How many names a list of who is here gives before it only counts. */
-const LISTED_NAMES = 20;
+/** How many join and leave notices may come at once. After them they are gathered
+ * into one line a second. */
+const NOTICE_BURST = 10;
 
 /** The reason why a slow reader is disconnected. */
 const TOO_SLOW = "too slow";
@@ -638,9 +853,34 @@ class Reader {
   #waiting = 0;
   /** What is being written, or is left of it. */
   #batch: Uint8Array | null = null;
-  #writing = false;
+  /** The writes among which its own is, while it writes. */
+  #writes: Writes | null = null;
+  #stopped = false;
+  /** A promise that waits until something is written. */
+  #onWritten: (() => void) | null = null;
 
-  constructor(readonly log: Log, readonly sink: Sink) {}
+  constructor(readonly room: Room, readonly sink: Sink) {}
+
+  get log(): Log {
+    return this.room.log;
+  }
+
+  /** Whether so much waits for this reader alone that it gets no more answers. */
+  get isBacklogged(): boolean {
+    return this.#waiting > BACKLOG_BYTES ||
+      this.#detours.length > BACKLOG_DETOURS;
+  }
+
+  /** Whether so much waits that it gets no private messages either. */
+  get isFull(): boolean {
+    return this.#waiting > MOST_INSERTED_BYTES / 2 ||
+      this.#detours.length > MOST_DETOURS / 2;
+  }
+
+  /** Resolves after the next write, or at the end. */
+  written(): Promise<void> {
+    return new Promise((resolve) => this.#onWritten = resolve);
+  }
 
   /** Follows the log from its present end on. */
   follow(): void {
@@ -669,9 +909,8 @@ class Reader {
 
   #detour(detour: Detour): void {
     const { length } = this.#detours;
-    if (length === MOST_DETOURS || this.#waiting > MOST_INSERTED_BYTES) {
-      return this.sink.tooSlow();
-    }
+    const isTooMuch = detour.cost > 0 && this.#waiting > MOST_INSERTED_BYTES;
+    if (length === MOST_DETOURS || isTooMuch) return this.sink.tooSlow();
     if (length === 0) this.#detours = [detour];
     else this.#detours.push(detour);
     this.#waiting += detour.cost;
@@ -680,16 +919,17 @@ class Reader {
   /** Ends at the present end of the log, and calls {@linkcode Sink.drained} when
    * all before it is written. */
   end(): void {
-    this.#end = this.log.end;
+    if (this.#end === Infinity) this.#end = this.log.end;
     this.flush();
   }
 
   /** Writes nothing more. A write in flight is the last. */
   stop(): void {
+    this.#stopped = true;
     this.#segment = this.#batch = null;
     this.#detours = NO_DETOURS;
     this.#end = 0;
-    this.#writing = true;
+    this.#endWrite();
   }
 
   /** Whether it receives the log, rather than only what is inserted. */
@@ -704,14 +944,14 @@ class Reader {
 
   /** Starts to write what it has not written, unless it is writing. */
   flush(): void {
-    if (this.#writing) return;
+    if (this.#writes !== null || this.#stopped) return;
     this.#batch ??= this.#next();
     if (this.#batch === null) {
       if (this.#end === Infinity) return;
       this.stop();
       return this.sink.drained();
     }
-    this.#writing = true;
+    this.#writes = this.room.turns.beginWrite();
     try {
       // Not an async function: its promises cost a tenth of a delivery.
       this.sink.write(this.#batch).then(this.#written, this.#failed);
@@ -721,15 +961,24 @@ class Reader {
   }
 
   #written = (count: number): void => {
+    this.#endWrite();
     if (this.#batch === null) return; // stopped meanwhile
-    this.#writing = false;
+    if (!(count > 0)) return this.#failed(); // it would be tried endlessly
     this.#batch = count < this.#batch.length
       ? this.#batch.subarray(count)
       : null;
     this.flush();
   };
 
+  #endWrite(): void {
+    if (this.#writes !== null) this.room.turns.endWrite(this.#writes);
+    this.#writes = null;
+    this.#onWritten?.();
+    this.#onWritten = null;
+  }
+
   #failed = (): void => {
+    if (this.#stopped) return;
     this.stop();
     this.sink.writeFailed();
   };
@@ -786,6 +1035,8 @@ class Reader {
 abstract class Person {
   /** Empty until a name is given. */
   name = "";
+  /** Why this person is away; `null` if they are not. */
+  away: string | null = null;
   /** Those whose messages this person does not receive. */
   ignored: Set<Person> | null = null;
   /** Those who do not receive this person's messages. */
@@ -798,10 +1049,30 @@ abstract class Person {
 
   constructor(readonly room: Room) {}
 
-  /** Shows this person lines that nobody else receives. */
-  tell(text: string): void {
-    this.reader?.insert(encoder.encode(text));
-    this.reader?.flush();
+  /** What comes before this person's messages. */
+  get mark(): string {
+    return this.room.options.raw ? "" : `[${this.name}] `;
+  }
+
+  /** Shows this person lines that nobody else receives.
+   *
+   * @param text the lines with their ends; as bytes if others share them
+   */
+  tell(text: string | Uint8Array): void {
+    if (typeof text !== "string") this.reader?.insert(text, 0);
+    else this.reader?.insert(encoder.encode(text));
+    if (this.reader !== null) this.room.turns.answered(this.reader);
+  }
+
+  /** Receives a private message; tells whether it could. Others must not be able
+   * to make anyone too slow. */
+  receive(from: Person, text: string): boolean {
+    if (this.ignored?.has(from)) return true;
+    if (this.reader?.isFull) return false;
+    this.replyTo = from;
+    const bell = this.room.bells.has(this) ? "\x07" : "";
+    this.tell(`${bell}${this.room.stamp()}[${from.name} -> you] ${text}\n`);
+    return true;
   }
 
   ignore(other: Person): void {
@@ -820,8 +1091,8 @@ abstract class Person {
 /** The most bytes of history that are kept, however many lines are asked for. */
 const HISTORY_BYTES = 1_048_576;
 
-/** The last public lines, for newcomers: blocks of bytes that are written once,
- * so that all newcomers share them. */
+/** The last public lines, for new clients: blocks of bytes that are written once,
+ * so that all new clients share them. */
 class History {
   #blocks: { bytes: Uint8Array; used: number; lines: number }[] = [];
   #lines = 0;
@@ -832,6 +1103,7 @@ class History {
 
   /** Adds whole lines with their ends. */
   add(bytes: Uint8Array): void {
+    if (this.most === 0) return;
     let block = this.#blocks.at(-1);
     if (!block || block.used + bytes.length > block.bytes.length) {
       const size = Math.max(bytes.length, COPIED_BYTES);
@@ -841,20 +1113,13 @@ class History {
     block.bytes.set(bytes, block.used);
     block.used += bytes.length;
     this.#bytes += bytes.length;
-    for (let end = 0; (end = bytes.indexOf(LF, end) + 1) > 0;) {
-      block.lines++;
-      this.#lines++;
-    }
-    this.#forget();
-  }
-
-  /** Drops the oldest blocks that are not needed. */
-  #forget(): void {
-    for (;;) {
+    const lines = countLines(bytes);
+    block.lines += lines;
+    this.#lines += lines;
+    while (this.#blocks.length > 1) {
       const [{ used, lines }] = this.#blocks;
       const enough = this.#lines - lines >= this.most;
-      if (!enough && this.#bytes <= HISTORY_BYTES) return;
-      if (this.#blocks.length === 1) return;
+      if (!enough && this.#bytes <= HISTORY_BYTES) break;
       this.#blocks.shift();
       this.#lines -= lines;
       this.#bytes -= used;
@@ -866,14 +1131,55 @@ class History {
     const parts = this.#blocks.map(({ bytes, used }) =>
       bytes.subarray(0, used)
     );
-    if (parts.length === 0) return parts;
     let start = 0;
     for (let extra = this.#lines - this.most; extra > 0; extra--) {
       start = parts[0].indexOf(LF, start) + 1;
     }
-    parts[0] = parts[0].subarray(start);
+    if (start > 0) parts[0] = parts[0].subarray(start);
     return parts;
   }
+
+  /** Puts the date before lines that have only the time of day. */
+  addDate(date: string): void {
+    const text = decoder.decode(concatenate(this.parts));
+    this.#blocks = [];
+    this.#lines = this.#bytes = 0;
+    for (const line of text.match(/.+\n/g) ?? []) {
+      const dated = /^\d\d:/.test(line) ? `${date} ${line}` : line;
+      this.add(encoder.encode(dated));
+    }
+  }
+}
+
+function countLines(lines: Uint8Array): number {
+  let count = 0;
+  for (let end = 0; (end = lines.indexOf(LF, end) + 1) > 0;) count++;
+  return count;
+}
+
+/** Where a run of lines from `start` on ends that can be appended at once: public
+ * ones, in which nothing has to be looked at.
+ *
+ * @param most how many lines
+ * @param commands whether the run ends before a line that may be a command
+ */
+function runEnd(
+  lines: Uint8Array,
+  start: number,
+  most: number,
+  commands = false,
+) {
+  const mostLines = Math.min(most, APPENDED_LINES);
+  let end = start, count = 0, next;
+  do {
+    end = lines.indexOf(LF, end) + 1;
+    next = lines[end];
+    count++;
+  } while (
+    end < lines.length && count < mostLines && end - start < APPENDED_BYTES &&
+    next > TOO_LONG && !(commands && (next === SLASH || next === SPACE))
+  );
+  return { end, count };
 }
 
 type Change = "entered" | "left";
@@ -882,74 +1188,264 @@ function changeText(change: Change, name: string, reason: string): string {
   return `${name} has ${change} the room${reason && ` (${reason})`}`;
 }
 
-/** Join and leave notices of a crowd, gathered into one line. */
+/** Join and leave notices that come fast, gathered into one line. Somebody who has
+ * left before that was told is in none. */
 class JoinLeaveNotices {
-  #entered = 0;
-  #left = 0;
-  #tooSlow = 0;
-  /** The text of the last one by itself. */
-  #last = "";
+  readonly #entered = new Set<Person>();
+  #left: { person: Person; name: string; reason: string }[] = [];
 
-  add(change: Change, name: string, reason: string): void {
-    if (change === "entered") this.#entered++;
-    else this.#left++;
-    if (reason === TOO_SLOW) this.#tooSlow++;
-    this.#last = changeText(change, name, reason);
+  add(change: Change, person: Person, reason: string): void {
+    if (change === "entered") this.#entered.add(person);
+    else if (!this.#entered.delete(person)) {
+      this.#left.push({ person, name: person.name, reason });
+    }
   }
 
-  /** The line that tells of all of them, after which it begins anew. */
-  take(): string {
-    const entered = this.#entered, left = this.#left;
-    const have = (count: number) => count === 1 ? "has" : "have";
-    const people = (count: number) =>
-      `${count} ${count === 1 ? "person" : "people"} ${have(count)}`;
-    const slow = this.#tooSlow ? ` (${this.#tooSlow} ${TOO_SLOW})` : "";
-    this.#entered = this.#left = this.#tooSlow = 0;
-    if (entered + left === 1) return this.#last;
-    if (entered === 0) return `${people(left)} left the room${slow}`;
-    const joined = `${people(entered)} entered the room`;
-    return left === 0 ? joined : `${joined}, ${left} ${have(left)} left${slow}`;
+  /** Whether that this person entered was not told yet. */
+  has(person: Person): boolean {
+    return this.#entered.has(person);
+  }
+
+  /** The line that tells of all of them, empty if there are none, after which it
+   * begins anew; with the person, if it is about one alone. */
+  take(): { text: string; person?: Person } {
+    const entered = [...this.#entered], left = this.#left;
+    this.#entered.clear();
+    this.#left = [];
+    if (entered.length + left.length === 1) {
+      const [{ person, name, reason }] = [
+        ...left,
+        ...entered.map((person) => ({ person, name: person.name, reason: "" })),
+      ];
+      const change = left.length === 1 ? "left" : "entered";
+      return { text: changeText(change, name, reason), person };
+    }
+    const people = ({ length }: unknown[]) =>
+      length === 1 ? "1 person has" : `${length} people have`;
+    const slow = left.filter(({ reason }) => reason === TOO_SLOW).length;
+    const tooSlow = slow > 0 ? ` (${slow} ${TOO_SLOW})` : "";
+    const joined = entered.length > 0
+      ? `${people(entered)} entered the room`
+      : "";
+    if (left.length === 0) return { text: joined };
+    if (!joined) return { text: `${people(left)} left the room${tooSlow}` };
+    const have = left.length === 1 ? "has" : "have";
+    return { text: `${joined}, ${left.length} ${have} left${tooSlow}` };
   }
 }
+
+/** Writes that began at about the same time, and how many have not ended. */
+interface Writes {
+  began: number;
+  count: number;
+}
+
+/** What takes its turn: a client with lines to say. */
+interface TurnTaker {
+  /** The last turn in which it was served, and how much it used of it. */
+  turn: number;
+  used: number;
+  /** Says its next line, or lines together. */
+  sayNext(): void;
+}
+
+/**
+ * Who is served when. A turn of the event loop handles a bounded amount of input,
+ * a bounded part of it from each client, and then lets reads and writes happen.
+ * Clients that have to wait form a queue. While old writes have not ended, nothing
+ * more is handled: the runtime prefers new reads and writes to old ones.
+ */
+class Turns {
+  #number = 0;
+  #worked = 0;
+  #bytes = 0;
+  #answers = 0;
+  /** Whether a client is being served, and the readers to flush then. */
+  #serving = false;
+  #answered: Reader[] = [];
+  #ending = false;
+  #queue: { taker: TurnTaker; served: () => void }[] = [];
+  /** The oldest first; the last are those that begin now. */
+  #writes: Writes[] = [{ began: 0, count: 0 }];
+  /** How many writes have ended, now and at the end of the turn before. */
+  #writesEnded = 0;
+  #endedBefore = -1;
+  #waited = 0;
+
+  /** @param flush starts to write what was appended in the turn */
+  constructor(readonly flush: () => void) {}
+
+  /** Whether the end of the turn is awaited. */
+  get isEnding(): boolean {
+    return this.#ending;
+  }
+
+  /** Has `taker` say what is next, if it may in this turn and nobody waits. */
+  serve(taker: TurnTaker): boolean {
+    if (this.#queue.length > 0 || this.#isOver || this.hasUsed(taker)) {
+      return false;
+    }
+    this.#serve(taker);
+    return true;
+  }
+
+  /** Resolves when `taker` has been served, in its place of the queue. */
+  wait(taker: TurnTaker): Promise<void> {
+    this.endSoon();
+    return new Promise((served) => this.#queue.push({ taker, served }));
+  }
+
+  /** Whether `taker` has used its part of this turn. */
+  hasUsed(taker: TurnTaker): boolean {
+    return taker.turn === this.#number && taker.used >= CLIENT_TURN_BYTES;
+  }
+
+  /** Counts what came in from `taker`, in bytes. */
+  count(taker: TurnTaker, bytes: number): void {
+    if (taker.turn !== this.#number) taker.used = 0;
+    taker.turn = this.#number;
+    taker.used += bytes;
+  }
+
+  /** Counts bytes that were appended. */
+  appended(bytes: number): void {
+    this.#bytes += bytes;
+    if (this.#bytes > TURN_BYTES / 4) this.endSoon();
+  }
+
+  /** Flushes a reader for which something was inserted: at once, or when the client
+   * is served whose lines led to it. */
+  answered(reader: Reader): void {
+    if (!this.#serving) reader.flush();
+    else if (this.#answered.at(-1) !== reader) this.#answered.push(reader);
+  }
+
+  beginWrite(): Writes {
+    const writes = this.#writes.at(-1)!;
+    if (writes.count === 0) writes.began = performance.now();
+    writes.count++;
+    return writes;
+  }
+
+  endWrite(writes: Writes): void {
+    writes.count--;
+    this.#writesEnded++;
+  }
+
+  /** Ends the turn when all reads that are ready were handled. */
+  endSoon(): void {
+    if (this.#ending) return;
+    this.#ending = true;
+    // Not a microtask: that would come before the other reads of this turn, and
+    // what they bring would leave in writes of its own. With ten people who talk
+    // as fast as they receive, a thousand readers get twice as many lines.
+    // Only a timer lets the runtime do nothing but read and write for a while.
+    if (this.#hasOldWrites) setTimeout(this.#end, 1);
+    else setImmediate(this.#end);
+  }
+
+  #end = (): void => {
+    this.#ending = false;
+    this.flush();
+    this.#number++;
+    this.#worked = this.#bytes = this.#answers = 0;
+    const latest = this.#writes.at(-1)!;
+    if (latest.count > 0) this.#writes.push({ began: 0, count: 0 });
+    this.#waitForOldWrites();
+    while (this.#queue.length > 0 && !this.#isOver) {
+      const { taker, served } = this.#queue.shift()!;
+      this.#serve(taker);
+      served();
+    }
+    if (this.#queue.length > 0) this.endSoon();
+  };
+
+  #serve(taker: TurnTaker): void {
+    const began = performance.now();
+    this.#serving = true;
+    taker.sayNext();
+    this.#serving = false;
+    for (const reader of this.#answered) reader.flush();
+    this.#answers += this.#answered.length;
+    if (this.#answered.length > 0) this.#answered = [];
+    this.#worked += performance.now() - began;
+    if (this.#isOver) this.endSoon();
+  }
+
+  get #isOver(): boolean {
+    return this.#worked > TURN_MILLISECONDS || this.#bytes >= TURN_BYTES ||
+      this.#answers >= TURN_ANSWERS || this.#hasOldWrites;
+  }
+
+  get #hasOldWrites(): boolean {
+    const writes = this.#writes;
+    while (writes.length > 1 && writes[0].count === 0) writes.shift();
+    const [{ began, count }] = writes;
+    return count > 0 && performance.now() - began > OLD_WRITE_MILLISECONDS;
+  }
+
+  /** Waits for old writes, or gives them up. */
+  #waitForOldWrites(): void {
+    const progress = this.#writesEnded !== this.#endedBefore;
+    this.#endedBefore = this.#writesEnded;
+    if (!this.#hasOldWrites) this.#waited = 0;
+    else if (progress && ++this.#waited < MOST_WAITING_TURNS) return;
+    else while (this.#hasOldWrites) this.#writes.shift();
+  }
+}
+
+/** How many names a new client is shown before the others are only counted. */
+const LISTED_NAMES = 20;
 
 /** The people, what they say, and who receives it. */
 class Room {
   readonly log = new Log();
+  readonly turns = new Turns(() => this.#flush());
   /** Everybody and everything that receives something, in the room or not yet. */
   readonly readers = new Set<Reader>();
   /** Those who have a name, by {@linkcode nameKey}. */
   readonly people = new Map<string, Person>();
-  /** Those who do not receive join and leave notices. */
+  /** Those who receive no notices of joining, leaving and new names, and those who
+   * receive none of joining and leaving. */
   readonly quiet = new Set<Person>();
-  /** Receives each public line, with the name before it, and when it was said. */
+  readonly quietOnJoins = new Set<Person>();
+  /** Those whose terminals ring when they are named. */
+  readonly bells = new Set<Person>();
+  /** What a new client is shown after the welcome: lines with their ends. */
+  motd = "";
+  /** Where a browser that asks the chat port is sent. */
+  webPage = "";
   transcript: Transcript | null = null;
+  readonly links = new Set<Link>();
   /** Whether the last line has been said. */
   closed = false;
-  /** The first names of those who are here, as they are listed. */
-  #names: string | null = null;
-  /** None, if a newcomer is shown none. */
-  readonly #history: History | null;
+  /** Who is here, until somebody joins, leaves or changes. */
+  #everyone: Uint8Array | null = null;
+  #firstNames: string | null = null;
   #guests = 0;
+  readonly #history: History;
   readonly #notices = new JoinLeaveNotices();
   #noticeTimer: Timer | undefined;
-  #clock = { minute: 0, text: "" };
-  /** Whether something was appended since the last flush. */
+  /** How many notices may come at once, and when that was. */
+  #noticeTokens = NOTICE_BURST;
+  #lastNotice = 0;
+  #clock = { minute: -1, time: "", date: "" };
   #flushNeeded = false;
-  #turnEnds = false;
+  /** Whether readers may be behind the window since the last flush. */
+  #windowMoved = false;
   #lastSender: Person | undefined;
-  /** Bytes that came in since the last turn whose end was awaited. */
-  #bytesThisTurn = 0;
   readonly #emptied = Promise.withResolvers<void>();
 
   constructor(readonly options: Options) {
-    const { raw, history } = options;
-    this.#history = raw || history === 0 ? null : new History(history);
+    this.#history = new History(options.raw ? 0 : options.history);
   }
 
   // -- people
 
+  /** The person of that name, as people write it: `bob`, `bob,` or `@bob`. */
   find(name: string): Person | undefined {
-    return this.people.get(nameKey(name));
+    return this.people.get(nameKey(name)) ??
+      this.people.get(nameKey(name.replace(/^@|[,:]$/g, "")));
   }
 
   /** A name that nobody has. */
@@ -967,47 +1463,100 @@ class Room {
     return owner && owner !== person ? `The name ${name} is taken.` : null;
   }
 
-  /** Gives `person` a name that has no {@linkcode nameProblem}. */
-  setName(person: Person, name: string): void {
-    if (person.name) this.#removeName(person);
-    if (this.people.size < LISTED_NAMES) this.#names = null;
-    person.name = name;
-    this.people.set(nameKey(name), person);
-  }
-
-  #removeName(person: Person): boolean {
-    this.#names = null;
-    return this.people.delete(nameKey(person.name));
-  }
-
-  /** The line that tells who is here. */
-  whoIsHere(nobody = ""): string {
-    // Kept, as a crowd that joins would have it made anew for each.
-    this.#names ??= Array.from(
-      this.people.values().take(LISTED_NAMES),
-      ({ name }) => name,
-    ).join(", ");
-    const more = this.people.size - LISTED_NAMES;
-    const others = more > 0 ? ` and ${more} more` : "";
-    return `* The room contains: ${(this.#names || nobody) + others}\n`;
-  }
-
   /** Lets `person` in under a name that has no {@linkcode nameProblem}. */
   enter(person: Person, name: string): void {
-    this.setName(person, name);
+    this.add(person, name);
     this.#tellChange("entered", person, "");
     person.reader?.follow();
   }
 
-  /** Takes `person` out; its reader may still write what was said before. */
-  leave(person: Person, reason: string): void {
+  /** Adds `person` to those who are here, without a notice. */
+  add(person: Person, name: string): void {
+    this.#setName(person, name);
+    for (const link of this.#linksFor(person)) link.events.joined(name);
+  }
+
+  #setName(person: Person, name: string): void {
+    person.name = name;
+    if (this.people.size < LISTED_NAMES) this.#firstNames = null;
+    this.people.set(nameKey(name), person);
+    this.#everyone = null;
+  }
+
+  /** Gives `person` another name that has no {@linkcode nameProblem}. */
+  rename(person: Person, name: string): void {
+    const before = person.name, text = `* ${before} is now known as ${name}\n`;
+    this.people.delete(nameKey(before));
+    this.#firstNames = null;
+    this.#setName(person, name);
+    for (const link of this.#linksFor(person)) {
+      link.events.renamed(before, name);
+    }
+    if (this.#notices.has(person)) return person.tell(text);
+    const start = this.log.end;
+    this.#append(text, NO_BYTES, person);
+    for (const other of this.quiet) other.reader?.skip(start);
+    person.tell(text);
+    this.#flushSoon();
+  }
+
+  /** Takes `person` out, and tells the others unless `silent`; its reader may still
+   * write what was said before. */
+  leave(person: Person, reason: string, { silent = false } = {}): void {
     person.replyTo = null; // or each would keep the one before in memory
     for (const other of person.ignored ?? []) other.ignoredBy?.delete(person);
     for (const other of person.ignoredBy ?? []) other.ignored?.delete(person);
-    this.quiet.delete(person);
-    if (person.name && this.#removeName(person)) {
-      this.#tellChange("left", person, reason);
+    for (const set of [this.quiet, this.quietOnJoins, this.bells]) {
+      set.delete(person);
     }
+    if (this.people.get(nameKey(person.name)) !== person) return;
+    this.people.delete(nameKey(person.name));
+    this.#everyone = this.#firstNames = null;
+    for (const link of this.#linksFor(person)) {
+      link.events.left(person.name, reason);
+    }
+    if (!silent) this.#tellChange("left", person, reason);
+  }
+
+  setAway(person: Person, reason: string | null): void {
+    person.away = reason;
+    this.#everyone = this.#firstNames = null;
+    for (const link of this.#linksFor(person)) {
+      link.events.away(person.name, reason);
+    }
+  }
+
+  /** The first of those who are here, in one line for a new client. */
+  get hereNow(): string {
+    const { size } = this.people;
+    if (size === 0) return "* Nobody else is here yet.\n";
+    // Kept, as a crowd that joins would have it made anew for each.
+    this.#firstNames ??= Array.from(
+      this.people.values().take(LISTED_NAMES),
+      label,
+    ).join(", ");
+    const more = size > LISTED_NAMES ? `, and ${size - LISTED_NAMES} more` : "";
+    return `* Here now: ${this.#firstNames}${more} (${size})\n`;
+  }
+
+  /** Everyone who is here, in lines of {@linkcode LINE_BYTES} at most. */
+  get everyone(): Uint8Array {
+    if (this.#everyone !== null) return this.#everyone;
+    let text = "", line = "* Here now:";
+    // Those of this server first.
+    const people = [...this.people.values()];
+    const isRemote = (person: Person) => person instanceof RemotePerson;
+    people.sort((a, b) => Number(isRemote(a)) - Number(isRemote(b)));
+    for (const person of people) {
+      const next = `${line} ${label(person)},`;
+      // A letter takes three bytes at most for a UTF-16 unit.
+      if (next.length * 3 > LINE_BYTES) {
+        text += line + "\n";
+        line = `* Here now: ${label(person)},`;
+      } else line = next;
+    }
+    text += `${line.replace(/,$/, "")} (${this.people.size})\n`;
+    return this.#everyone = encoder.encode(text);
   }
 
   /** Forgets a reader that will write nothing more. */
@@ -1026,30 +1575,42 @@ class Room {
   /** Appends public lines of `from`: bytes with their line ends, no more than
    * {@linkcode APPENDED_LINES}. Everyone receives them but `from`, and those who
    * ignore `from`. */
-  say(from: Person, lines: Uint8Array, mark: string = this.mark(from)): void {
-    const start = this.log.end;
-    this.#append(this.stamp() + mark, lines, from);
-    if (this.#history !== null || this.transcript !== null) {
+  say(from: Person, lines: Uint8Array, { action = false } = {}): void {
+    const start = this.log.end, time = this.stamp();
+    if (this.bells.size > 0) this.#ring(from, decoder.decode(lines));
+    this.#append(time + (action ? `** ${from.name} ` : from.mark), lines, from);
+    if (this.#keepsLines) {
       const said = this.log.tail.between(start, this.log.end);
-      this.#history?.add(said);
-      this.transcript?.add(said);
+      this.#history.add(said);
+      this.transcript?.add(said, time.length);
+    }
+    for (const link of this.#linksFor(from)) {
+      link.events.said(from.name, lines, action);
     }
     this.#flushSoon(from);
   }
 
-  /** What is before a line of `from`. */
-  mark(from: Person): string {
-    return this.options.raw ? "" : `[${from.name}] `;
+  get #keepsLines(): boolean {
+    return this.#history.most > 0 || this.transcript !== null;
+  }
+
+  /** Rings at everyone who is named in `text` and wants it. */
+  #ring(from: Person, text: string): void {
+    const words = new Set(text.split(/[^\p{L}\p{M}\p{Nd}_@-]+/u).map(nameKey));
+    for (const word of words) {
+      const person = this.people.get(word.replace(/^@/, ""));
+      if (!person || person === from || !this.bells.has(person)) continue;
+      if (!person.ignored?.has(from)) person.tell("\x07");
+    }
   }
 
   /** `from` says something to `to` alone. */
   sayPrivately(from: Person, to: Person, text: string): void {
-    const time = this.stamp();
-    if (!to.ignored?.has(from)) {
-      to.tell(`${time}[${from.name} -> you] ${text}\n`);
-      to.replyTo = from;
+    if (!to.receive(from, text)) {
+      return from.tell(`! ${to.name} receives too slowly. Try again later.\n`);
     }
-    from.tell(`${time}[you -> ${to.name}] ${text}\n`);
+    from.tell(`${this.stamp()}[you -> ${to.name}] ${text}\n`);
+    if (to.away !== null) from.tell(awayText(to));
   }
 
   /** The server's own words to everyone. */
@@ -1058,20 +1619,27 @@ class Room {
     this.#flushSoon();
   }
 
-  /** In a small room at once. In a crowd one line a second; among more than a
+  /** At once, as long as few come; then one line a second. Among more than a
    * thousand people less often: a thousand deliveries a second at most. */
   #tellChange(change: Change, person: Person, reason: string): void {
     if (this.options.raw || this.closed) return;
-    if (this.people.size <= CROWD && this.#noticeTimer === undefined) {
-      const text = changeText(change, person.name, reason);
-      return this.#noticeChange(text, person);
+    const now = performance.now(), earned = (now - this.#lastNotice) / 1_000;
+    this.#noticeTokens = Math.min(this.#noticeTokens + earned, NOTICE_BURST);
+    this.#lastNotice = now;
+    if (this.#noticeTimer === undefined && this.#noticeTokens >= 1) {
+      this.#noticeTokens--;
+      return this.#noticeChange(
+        changeText(change, person.name, reason),
+        person,
+      );
     }
-    this.#notices.add(change, person.name, reason);
-    const wait = Math.max(1_000, this.people.size);
+    this.#notices.add(change, person, reason);
     this.#noticeTimer ??= setTimeout(() => {
       this.#noticeTimer = undefined;
-      this.#noticeChange(this.#notices.take());
-    }, wait);
+      this.#noticeTokens = 0;
+      const { text, person } = this.#notices.take();
+      if (text) this.#noticeChange(text, person);
+    }, Math.max(1_000, this.people.size));
   }
 
   /** Tells those who want to know, and do not ignore `person`. */
@@ -1079,6 +1647,7 @@ class Room {
     const start = this.log.end;
     this.#append(`* ${text}\n`, NO_BYTES, person);
     for (const other of this.quiet) other.reader?.skip(start);
+    for (const other of this.quietOnJoins) other.reader?.skip(start);
     this.#flushSoon();
   }
 
@@ -1094,58 +1663,53 @@ class Room {
     this.#flushSoon();
   }
 
-  /** The last public lines, in pieces that all newcomers share. */
+  /** The last public lines, in pieces that all new clients share. */
   get history(): Uint8Array[] {
-    return this.#history?.parts ?? [];
+    this.stamp(); // and so the date of older lines
+    return this.#history.parts;
   }
 
   /** Begins with lines that were said before, each with the time of it. */
   restoreHistory(lines: { time: Date; line: string }[]): void {
+    const today = dateText(new Date());
     for (const { time, line } of lines) {
-      this.#history?.add(encoder.encode(`${this.stamp(time)}${line}\n`));
+      const date = dateText(time), day = date === today ? "" : `${date} `;
+      const stamp = this.options.timestamps ? day + timeText(time) : "";
+      this.#history.add(encoder.encode(`${stamp}${line}\n`));
     }
   }
 
-  /** The time of day before a public line, if it is wanted. */
-  stamp(time?: Date): string {
-    if (!this.options.timestamps) return "";
-    const moment = time?.getTime() ?? Date.now();
-    const minute = Math.floor(moment / 60_000);
-    if (minute !== this.#clock.minute) {
-      const text = new Date(moment).toTimeString().slice(0, 5) + " ";
-      this.#clock = { minute, text };
+  /** The time of day before a line, if it is wanted. */
+  stamp(): string {
+    return this.options.timestamps ? this.time() : "";
+  }
+
+  /** The time of day, `12:34 `. */
+  time(): string {
+    const now = Date.now(), minute = Math.floor(now / 60_000);
+    if (minute === this.#clock.minute) return this.#clock.time;
+    const moment = new Date(now), { date } = this.#clock;
+    this.#clock = { minute, time: timeText(moment), date: dateText(moment) };
+    if (date && date !== this.#clock.date && this.options.timestamps) {
+      this.#history.addDate(date);
     }
-    return this.#clock.text;
+    return this.#clock.time;
   }
 
   /** Appends to the log, past `from` and those who ignore `from`. */
   #append(text: string, lines: Uint8Array, from?: Person): void {
     const start = this.log.end;
-    if (this.log.append(text, lines)) this.#dropSlowReaders();
+    if (this.log.append(text, lines)) this.#windowMoved = true;
     from?.reader?.skip(start);
-    for (const other of from?.ignoredBy ?? []) other.reader?.skip(start);
-    this.countBytes(this.log.end - start);
-  }
-
-  /** The window has moved: now, as a write that a reader waits for may never
-   * end. */
-  #dropSlowReaders(): void {
-    for (const reader of this.readers) {
-      if (reader.isBehind) reader.sink.tooSlow();
+    if (from?.ignoredBy) {
+      for (const other of from.ignoredBy) other.reader?.skip(start);
     }
+    this.turns.appended(this.log.end - start);
   }
 
-  // -- turns of the event loop
-
-  /** Whether so much came in this turn that input waits for the next. */
-  get crowded(): boolean {
-    return this.#bytesThisTurn >= TURN_BYTES;
-  }
-
-  /** Counts bytes that came in, towards {@linkcode Room.crowded}. */
-  countBytes(count: number): void {
-    this.#bytesThisTurn += count;
-    if (this.#bytesThisTurn > TURN_BYTES / 4) this.#endTurnSoon();
+  /** The links that have to be told of what `person` does. */
+  #linksFor(person: Person): Iterable<Link> {
+    return person instanceof RemotePerson ? [] : this.links;
   }
 
   /** Flushes at the end of the turn, with what else is said in it; at once if one
@@ -1153,32 +1717,22 @@ class Room {
   #flushSoon(sender?: Person): void {
     const alone = sender !== undefined && sender === this.#lastSender;
     this.#lastSender = sender;
-    if (alone && !this.#turnEnds) return this.#flush();
     this.#flushNeeded = true;
-    this.#endTurnSoon();
+    if (alone && !this.turns.isEnding) this.#flush();
+    else this.turns.endSoon();
   }
-
-  #endTurnSoon(): void {
-    if (this.#turnEnds) return;
-    this.#turnEnds = true;
-    // Not a microtask: that would come before the other reads of this turn, and
-    // what they bring would leave in writes of its own. With ten people who talk
-    // as fast as they receive, a thousand readers get twice as many lines.
-    setImmediate(this.#endTurn);
-  }
-
-  #endTurn = (): void => {
-    this.#turnEnds = false;
-    this.#bytesThisTurn = 0;
-    if (this.#flushNeeded) this.#flush();
-  };
 
   /** Starts a write for each reader that is not writing. In a small room it starts
    * at a random reader, so that the same one is not always the last: with ten
    * people who talk as fast as they receive, a hundred readers get a fifth more. */
   #flush(): void {
+    if (!this.#flushNeeded) return;
     this.#flushNeeded = false;
     const { readers } = this, { size } = readers;
+    if (this.#windowMoved) {
+      this.#windowMoved = false;
+      for (const reader of readers) if (reader.isBehind) reader.sink.tooSlow();
+    }
     const first = size > RANDOM_START_READERS
       ? 0
       : Math.floor(Math.random() * size);
@@ -1192,6 +1746,27 @@ class Room {
   }
 }
 
+/** A person as lists show them. */
+function label({ name, away }: Person): string {
+  return away === null ? name : `${name} (away)`;
+}
+
+function awayText({ name, away }: Person): string {
+  return `* ${name} is away${away && `: ${away}`}\n`;
+}
+
+/** The local time of day, `12:34 `. */
+function timeText(time: Date): string {
+  return time.toTimeString().slice(0, 5) + " ";
+}
+
+/** The local date, `2026-01-31`. */
+function dateText(time: Date): string {
+  const month = String(time.getMonth() + 1).padStart(2, "0");
+  const day = String(time.getDate()).padStart(2, "0");
+  return `${time.getFullYear()}-${month}-${day}`;
+}
+
 // ---------------------------------------------------------------------------
 // Client: one connection, from its first byte to its last. It is read, split into
 // lines and paced; it receives the room until it leaves.
@@ -1203,30 +1778,35 @@ const SMALLEST_READ_BYTES = 256, LARGEST_READ_BYTES = 65_536;
 
 /** The largest buffer of a client that is paced, as what was read waits in memory,
  * and of a client whose last read was small. */
-const MODEST_READ_BYTES = 2_048;
+const PACED_READ_BYTES = 8_192, RESTING_READ_BYTES = 2_048;
 
-/** How many seconds' worth of lines a client may send at once. */
-const BURST_SECONDS = 5;
+/** How many seconds' worth of lines a client may send at once, and for how many it
+ * waits at least when it has sent them: to wake up for each line takes four times
+ * the time. */
+const BURST_SECONDS = 5, PAUSE_SECONDS = 0.3;
+
+/** How many commands of a client are run at once, to be answered in one write. */
+const MOST_COMMANDS = 8;
 
 /** The time between reads of what a client still sends after it has left. */
 const DISCARD_MILLISECONDS = 10;
 
-/** The most that input waits when too much came in a turn. Each client waits for a
- * random time, so that the same one is not always the first. */
-const CROWDED_MILLISECONDS = 4;
-
 /** How long a client that leaves has to take the lines that wait for it. */
 const DRAIN_MILLISECONDS = 1_000;
 
-/** How long to wait for a TLS handshake, and for the password. */
-const ANSWER_MILLISECONDS = 30_000;
+/** How long to wait for a TLS handshake or the password, and for a name. */
+const ANSWER_MILLISECONDS = 30_000, NAME_MILLISECONDS = 60_000;
 
-/** How many wrong passwords are too many. */
-const PASSWORD_TRIES = 3;
+/** After how long, and how often, a client is told that its lines wait. */
+const WAITING_MILLISECONDS = 2_000, WAITING_AGAIN_MILLISECONDS = 10_000;
 
-/** The first line of an HTTP request (RFC 9112, section 3), or its first piece,
- * if it is too long for one. */
-const HTTP_REQUEST = /^[A-Z]+ \S+ HTTP\/\d|^[A-Z]+ \S{4000,}$/;
+/** The first line of an HTTP, RTSP or SIP request (RFC 9112, section 3), or its
+ * first piece, if it is too long for one. */
+const REQUEST =
+  /^[a-z]+ \S+ ((?:HTTP|RTSP|SIP)\/\d\S*)|^(?:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) \S{4000,}$/i;
+
+/** The first line of an SSH client (RFC 4253, 4.2). */
+const SSH_BANNER = /^SSH-\d/;
 
 /** How a TLS handshake begins (RFC 8446, 5.1). */
 const TLS_HANDSHAKE = [0x16, 0x03];
@@ -1257,17 +1837,29 @@ function tryClose(connection: { close(): void }): void {
  * connected. */
 type Report = (what: string, client: Client, reason?: string) => void;
 
-class Client extends Person implements Sink {
+/** What a client of another protocol is told. */
+const NOT_A_TERMINAL =
+  "This is a Parley chat room. Join it from a terminal: nc HOST PORT\n";
+
+const GOODBYE =
+  "* Goodbye. If your client stays open, press Enter or Ctrl-C.\n";
+
+/** A connection, and the person behind it: it is read and paced, and receives the
+ * room until it leaves. */
+class Client extends Person implements Sink, TurnTaker {
   readonly reader: Reader;
-  /** When it connected, in milliseconds of `performance.now`. */
+  /** When it connected, and when it sent its last line, in milliseconds of
+   * `performance.now`. */
   readonly since = performance.now();
+  lastLine = this.since;
+  turn = -1;
+  used = 0;
 
   // It is closed when it has left and both directions have ended; at once if one
   // of them fails; and at the latest when the time to drain is over.
   left = false;
   #inputEnded = false;
   #outputEnded = false;
-  #outputFailed = false;
   #closed = false;
 
   #buffer: Uint8Array = smallestBuffer();
@@ -1277,11 +1869,17 @@ class Client extends Person implements Sink {
   #lines: Uint8Array = NO_BYTES;
   #nextLine = 0;
   #firstLineSeen = false;
+  /** Whether the next line is an answer to a question, and whether to that for the
+   * name. */
+  #asked = false;
+  #asksName = false;
   /** How many bytes of a TLS handshake it began with; -1 if with others. */
   #tlsBytes = 0;
-  /** How many lines it may send now. */
+  /** How many lines it may send now, as of when. */
   #tokens: number;
-  #refilled = 0;
+  #refilled = this.since;
+  /** When lines began to wait for tokens, and when the client is told so. */
+  #toldOfWaiting = Infinity;
   #wake: (() => void) | null = null;
   #wakeTimer: Timer | undefined;
   #deadline: Timer | undefined;
@@ -1295,8 +1893,9 @@ class Client extends Person implements Sink {
     readonly report: Report,
   ) {
     super(room);
-    this.reader = new Reader(room.log, this);
-    this.#tokens = room.options.rate * BURST_SECONDS;
+    this.reader = new Reader(room, this);
+    const burst = room.options.rate * BURST_SECONDS;
+    this.#tokens = burst - access.debt(address);
   }
 
   /** Its address and port, in the usual form. */
@@ -1307,17 +1906,15 @@ class Client extends Person implements Sink {
   /** The life of the client. While it is in the room this is the only function
    * that waits: one more frame costs each client kilobytes. */
   async live(): Promise<void> {
-    const { room, access, connection } = this;
+    const { room, access, connection } = this, { turns } = room;
     if (connection.handshake) await this.#handshake();
-    if (access.asksPassword && !this.left) await this.#givePassword();
-    if (room.options.askName && !this.left) await this.#giveName();
+    if (access.asksPassword && !this.left) await this.#askPassword();
+    if (room.options.askName && !this.left) await this.#askForName();
     else if (!this.left) this.#enter(room.options.raw ? "" : room.guestName());
     while (!this.left) {
-      const pause = this.#pause();
-      if (this.#hasLine && pause === 0) this.#sayNext();
-      else if (this.#inputEnded && !this.#hasLine) this.leave("");
-      else if (pause > 0) await this.#sleep(pause);
-      else {
+      const wait = this.#wait();
+      if (wait !== null) await wait;
+      else if (!this.#hasLine) {
         let count;
         try {
           count = await connection.read(this.#buffer);
@@ -1326,7 +1923,7 @@ class Client extends Person implements Sink {
           continue;
         }
         this.#received(count);
-      }
+      } else if (!turns.serve(this)) await turns.wait(this);
     }
     // To close with unread input would reset the connection, and the last lines
     // to the client could be lost.
@@ -1346,77 +1943,118 @@ class Client extends Person implements Sink {
     if (!this.left) clearTimeout(this.#deadline);
   }
 
-  async #givePassword(): Promise<void> {
-    // In a raw room the question is the only line that is not a relayed one.
-    const answer = (text: string) => this.room.options.raw || this.tell(text);
-    this.#setDeadline(ANSWER_MILLISECONDS, () => {
-      answer("! That took too long.\n");
-      this.leave("no password");
-    });
-    for (let tries = 0; tries < PASSWORD_TRIES; tries++) {
+  /** Leaves, told why, unless there is an answer in time. */
+  #expectAnswer(milliseconds: number, reason: string): void {
+    this.#setDeadline(
+      milliseconds,
+      () => this.disconnect("That took too long. Join again.", reason),
+    );
+  }
+
+  async #askPassword(): Promise<void> {
+    const { access, address } = this, reason = "no password";
+    this.#expectAnswer(ANSWER_MILLISECONDS, reason);
+    for (;;) {
+      if (access.isLocked(address)) {
+        const wait = "Too many wrong passwords from your address.";
+        return this.disconnect(`${wait} Try again in a minute.`, reason);
+      }
       const line = await this.ask("* This room has a password. What is it?\n");
       if (line === null) return;
-      if (this.access.isPassword(line)) {
-        clearTimeout(this.#deadline);
-        return this.report("Password given by", this);
-      }
-      answer("! That is not the password.\n");
+      // Others at its address may have tried meanwhile.
+      if (access.isLocked(address)) continue;
+      if (access.isPassword(line, address)) break;
+      // In a raw room the question is the only line that is not a relayed one.
+      if (!this.room.options.raw) this.tell("! That is not the password.\n");
     }
-    this.leave("no password");
+    clearTimeout(this.#deadline);
   }
 
   /** Asks for a name, as Protohackers' Budget Chat does. */
-  async #giveName(): Promise<void> {
+  async #askForName(): Promise<void> {
+    this.#expectAnswer(NAME_MILLISECONDS, "no name");
+    this.#asksName = true;
     const line = await this.ask("* Welcome to Parley. What is your name?\n");
     if (line === null) return;
+    clearTimeout(this.#deadline);
     const name = normalizeName(line);
     const problem = this.room.nameProblem(name, this);
     if (problem !== null) {
-      this.tell(`! ${problem} Join again with another.\n`);
-      return this.leave("no name");
+      return this.disconnect(`${problem} Join again with another.`, "no name");
     }
     this.#enter(name!);
-    this.report("Name given by", this);
   }
 
   /** Asks, and resolves to the next line that the client sends; to `null` if it
    * leaves instead. */
   async ask(question: string): Promise<string | null> {
     this.tell(question);
+    this.#asked = true;
     while (!this.left) {
-      const pause = this.#pause();
-      if (this.#hasLine && pause === 0) return this.#takeLine();
-      if (this.#inputEnded && !this.#hasLine) this.leave("");
-      else await (pause > 0 ? this.#sleep(pause) : this.#read());
+      const wait = this.#wait();
+      if (wait !== null) await wait;
+      else if (!this.#hasLine) await this.#read();
+      else if (!this.#isOtherProtocol()) {
+        this.#asked = false;
+        return this.#takeLine();
+      }
     }
     return null;
   }
 
   /** Greets the client, and lets it into the room. */
   #enter(name: string): void {
-    const { room } = this, { raw, askName } = room.options;
-    if (raw) return this.reader.follow();
-    const welcome =
-      `* Welcome, ${name}. Type to talk, /nick NAME for a name, /help for more.\n`;
-    this.reader.insert(encoder.encode(
-      askName ? room.whoIsHere() : welcome + room.whoIsHere("nobody else yet"),
-    ));
-    for (const part of room.history) this.reader.insert(part, 0);
-    if (this.left) return; // too slow for so much
-    room.enter(this, name);
-    this.reader.flush();
+    const { room, reader, access } = this, { raw, askName } = room.options;
+    if (raw) reader.follow();
+    else {
+      reader.insert(encoder.encode(this.#welcome(name)));
+      for (const part of room.history) reader.insert(part, 0);
+      if (this.left) return; // too slow for so much
+      room.enter(this, name);
+      reader.flush();
+    }
+    if (askName) this.report("Name chosen by", this);
+    else if (access.asksPassword) this.report("Password accepted from", this);
+  }
+
+  #welcome(name: string): string {
+    const { room } = this;
+    if (room.options.askName) {
+      const names = Array.from(room.people.values(), ({ name }) => name);
+      return `* The room contains: ${names.join(", ")}\n`;
+    }
+    return `* Welcome! You are ${name}. Type a message and press Enter. ` +
+      "/nick NAME sets your name, /help lists commands.\n" +
+      room.motd + room.hereNow +
+      (room.history.length > 0 ? "* Earlier:\n" : "");
   }
 
   // -- reading
+
+  /** What the client has to wait for before anything else: its pace, the answers
+   * that it has not taken yet, or its turn. */
+  #wait(): Promise<void> | null {
+    if (this.#inputEnded && !this.#hasLine) {
+      this.leave("");
+      return Promise.resolve();
+    }
+    const pause = this.#pause();
+    if (pause > 0) {
+      this.#tellOfWaiting();
+      return this.#sleep(pause);
+    }
+    if (this.reader.isBacklogged) return this.reader.written();
+    const { turns } = this.room;
+    return turns.hasUsed(this) ? turns.wait(this) : null;
+  }
 
   get #hasLine(): boolean {
     return this.#nextLine < this.#lines.length;
   }
 
-  /** How many milliseconds the client has to wait. What is not read, TCP holds
-   * back at the sender: nothing is dropped. */
+  /** How many milliseconds the client has to wait for its pace. What is not read,
+   * TCP holds back at the sender: nothing is dropped. */
   #pause(): number {
-    if (this.room.crowded) return Math.random() * CROWDED_MILLISECONDS;
     const { rate } = this.room.options;
     if (rate === 0) return 0;
     // A token bucket: `rate` lines a second, BURST_SECONDS' worth at most.
@@ -1424,7 +2062,26 @@ class Client extends Person implements Sink {
     const earned = (now - this.#refilled) * rate / 1_000;
     this.#tokens = Math.min(this.#tokens + earned, rate * BURST_SECONDS);
     this.#refilled = now;
-    return this.#tokens >= 1 ? 0 : (1 - this.#tokens) * 1_000 / rate;
+    if (this.#tokens > rate * BURST_SECONDS / 2) this.#toldOfWaiting = Infinity;
+    if (this.#tokens >= 1) return 0;
+    // Between half and all of it, or clients that began together would stay so.
+    const enough = rate * PAUSE_SECONDS * (1 + Math.random()) / 2;
+    return (Math.max(1, enough) - this.#tokens) * 1_000 / rate;
+  }
+
+  /** Tells a person who pastes why others do not see it yet. */
+  #tellOfWaiting(): void {
+    const { rate, raw, askName } = this.room.options;
+    if (raw || askName || !this.#hasLine) return;
+    const now = performance.now();
+    if (this.#toldOfWaiting === Infinity) {
+      this.#toldOfWaiting = now + WAITING_MILLISECONDS;
+    }
+    if (now < this.#toldOfWaiting) return;
+    this.#toldOfWaiting = now + WAITING_AGAIN_MILLISECONDS;
+    const count = countLines(this.#lines.subarray(this.#nextLine));
+    const lines = count === 1 ? "1 is" : `${count} are`;
+    this.tell(`! Your lines are sent at ${rate} a second; ${lines} waiting.\n`);
   }
 
   #sleep(milliseconds: number): Promise<void> {
@@ -1452,6 +2109,7 @@ class Client extends Person implements Sink {
 
   #received(count: number | null): void {
     if (count === null) this.#inputEnded = true;
+    else if (!(count > 0)) return this.#readFailed(); // it would be tried endlessly
     if (this.left) return; // nothing more of it is looked at
     this.#nextLine = 0;
     if (count === null) {
@@ -1460,16 +2118,44 @@ class Client extends Person implements Sink {
     }
     const chunk = this.#buffer.subarray(0, count);
     if (this.#beginsTls(chunk)) return this.leave("TLS, which is off");
-    this.#splitter ??= new LineSplitter();
-    this.#lines = this.#splitter.push(chunk);
-    if (this.#lines.length === 0) this.#chargeForJunk(count);
+    const splitter = this.#splitter ??= this.#newSplitter();
+    this.#lines = splitter.push(chunk);
+    // What cleaning removed costs like what it kept: it was work.
+    this.#tokens -= splitter.junk;
+    this.room.turns.count(this, count);
     this.#sizeBuffer(count);
-    const { reply } = this.#splitter;
-    if (reply === null) return;
-    this.#splitter.reply = null;
-    this.reader.insert(reply);
-    this.reader.flush();
-    this.#tokens--; // it costs a line, so that replies have a bound
+    if (splitter.telnet !== null) this.#answerTelnet(splitter.telnet);
+  }
+
+  #newSplitter(): LineSplitter {
+    const { raw, askName } = this.room.options;
+    const hasCommands = !raw && !askName;
+    return new LineSplitter(
+      raw,
+      // A slash that is all of the first piece: the command is in the next.
+      (start) =>
+        // An empty name is an answer, an empty password is none.
+        (this.#asked && (start !== "" || this.#asksName)) ||
+        (hasCommands && beginsCommand(start)),
+    );
+  }
+
+  #answerTelnet(telnet: TelnetFilter): void {
+    const { reply, request } = telnet;
+    telnet.reply = [];
+    telnet.request = 0;
+    if (reply.length > 0) {
+      this.reader.insert(Uint8Array.from(reply));
+      this.reader.flush();
+      this.#tokens--; // it costs a line, so that replies have a bound
+    }
+    if (request === 0 || this.room.options.raw) return;
+    this.tell(
+      request === AYT
+        ? "* Yes, Parley is here.\n"
+        : "* To leave, type /quit.\n",
+    );
+    this.#tokens--;
   }
 
   /** Whether its first bytes, which may come one by one, begin a handshake. */
@@ -1485,54 +2171,61 @@ class Client extends Person implements Sink {
     return false;
   }
 
-  /** Bytes that make no line cost like as many of a long line: they are work, and
-   * could keep the server from everyone else. */
-  #chargeForJunk(count: number): void {
-    this.#tokens -= count / LINE_BYTES;
-    this.room.countBytes(count);
-  }
-
   #sizeBuffer(count: number): void {
     const size = this.#buffer.length;
     const most = this.room.options.rate > 0
-      ? MODEST_READ_BYTES
+      ? PACED_READ_BYTES
       : LARGEST_READ_BYTES;
     if (count === size) {
       if (size < most) this.#buffer = new Uint8Array(Math.min(size * 8, most));
     } else if (count <= SMALLEST_READ_BYTES) {
       if (size > SMALLEST_READ_BYTES) this.#buffer = smallestBuffer();
-    } else if (size > MODEST_READ_BYTES) {
-      this.#buffer = new Uint8Array(MODEST_READ_BYTES);
+    } else if (size > RESTING_READ_BYTES) {
+      this.#buffer = new Uint8Array(RESTING_READ_BYTES);
     }
   }
 
   // -- talking
 
-  /** Says the next lines: public ones together, or one other. */
-  #sayNext(): void {
-    if (!this.#firstLineSeen) {
-      this.#firstLineSeen = true;
-      if (HTTP_REQUEST.test(this.#peekLine())) return this.#refuseHttp();
+  /** Says the next lines: public ones together, or some others, one by one. */
+  sayNext(): void {
+    if (this.#hasLine) this.lastLine = performance.now();
+    for (let others = 0; others < MOST_COMMANDS; others++) {
+      const mayTalk = this.#tokens >= 1 || this.room.options.rate === 0;
+      if (this.left || this.#asked || !this.#hasLine || !mayTalk) return;
+      if (this.#isOtherProtocol() || this.#saySome()) return;
     }
-    const { rate, raw } = this.room.options;
-    const lines = this.#lines, start = this.#nextLine;
-    if (!raw && lines[start] === SLASH) {
-      return runCommand(COMMANDS, this, this.#takeLine());
+  }
+
+  /** Says the next lines that can be appended together, or the next other one.
+   * Tells whether something was appended. */
+  #saySome(): boolean {
+    const { room } = this, { rate, raw, askName } = room.options;
+    const lines = this.#lines, start = this.#nextLine, first = lines[start];
+    const commands = !raw && !askName;
+    if (first === TOO_LONG) {
+      this.#takeLine();
+      answerError(this, COMMAND_TOO_LONG);
+      return false;
     }
-    const most = rate === 0
-      ? APPENDED_LINES
-      : Math.min(Math.floor(this.#tokens), APPENDED_LINES);
-    let end = start, count = 0;
-    do {
-      end = lines.indexOf(LF, end) + 1;
-      count++;
-    } while (
-      end < lines.length && count < most && end - start < APPENDED_BYTES &&
-      (raw || lines[end] !== SLASH)
-    );
+    if (commands && (first === SLASH || first === SPACE)) {
+      const said = runCommand(COMMANDS, this, this.#takeLine());
+      if (said !== null) room.say(this, said);
+      return said !== null;
+    }
+    const from = first === PIECE ? start + 1 : start;
+    const most = rate === 0 ? Infinity : Math.floor(this.#tokens);
+    const { end, count } = runEnd(lines, from, most, commands);
     this.#nextLine = end;
-    this.#tokens -= count;
-    this.room.say(this, lines.subarray(start, end));
+    this.charge(count);
+    room.turns.count(this, end - start + count * LINE_COST);
+    room.say(this, lines.subarray(from, end));
+    return true;
+  }
+
+  /** Takes `lines` lines' worth from what the client may send. */
+  charge(lines: number): void {
+    this.#tokens -= lines;
   }
 
   #peekLine(): string {
@@ -1543,18 +2236,41 @@ class Client extends Person implements Sink {
   #takeLine(): string {
     const line = this.#peekLine();
     this.#nextLine = this.#lines.indexOf(LF, this.#nextLine) + 1;
-    this.#tokens--;
+    this.charge(1);
+    this.room.turns.count(this, line.length + LINE_COST);
     return line;
   }
 
-  #refuseHttp(): void {
-    const text = "This is a Parley chat room, not a web site.\n" +
-      "Join it from a terminal: nc HOST PORT\n";
-    this.tell(
-      `HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\n` +
-        `Content-Length: ${text.length}\r\nConnection: close\r\n\r\n${text}`,
-    );
-    this.leave("a web request");
+  /** Whether its first line is one of another protocol; it is answered then, and
+   * disconnected. */
+  #isOtherProtocol(): boolean {
+    if (this.#firstLineSeen) return false;
+    this.#firstLineSeen = true;
+    const line = this.#peekLine();
+    const [isRequest, version = "HTTP/1.1"] = REQUEST.exec(line) ?? [];
+    if (isRequest) {
+      this.tell(this.#webAnswer(version));
+      this.leave("a web request");
+    } else if (SSH_BANNER.test(line)) {
+      this.tell(NOT_A_TERMINAL);
+      this.leave("an SSH client");
+    }
+    return this.left;
+  }
+
+  /** Sends a browser to the web page, if there is one. */
+  #webAnswer(version: string): string {
+    const { webPage } = this.room, text = NOT_A_TERMINAL;
+    const page = URL.parse(webPage);
+    const [, host] = /^host: *(\[[\da-f:.]+\]|[\w.-]+)/im.exec(
+      decoder.decode(this.#lines),
+    ) ?? [];
+    if (page !== null && host) page.hostname = host;
+    const status = page && /^HTTP/i.test(version)
+      ? `302 Found\r\nLocation: ${page}`
+      : "400 Bad Request";
+    return `${version} ${status}\r\nContent-Type: text/plain\r\n` +
+      `Content-Length: ${text.length}\r\nConnection: close\r\n\r\n${text}`;
   }
 
   // -- receiving
@@ -1564,9 +2280,8 @@ class Client extends Person implements Sink {
   }
 
   writeFailed(): void {
-    // It may have said something before: the read will tell that it is gone.
-    this.#outputFailed = true;
     if (this.left) this.#close();
+    else this.leave("", { drain: false });
   }
 
   tooSlow(): void {
@@ -1576,10 +2291,17 @@ class Client extends Person implements Sink {
 
   // -- leaving
 
-  /** Disconnects it, and tells it why. */
-  disconnect(how: "kicked" | "banned", why: string): void {
-    const reason = why ? `${how}: ${why}` : how;
-    if (!this.room.options.raw) this.tell(`! You were ${reason}.\n`);
+  /** Disconnects the client, and tells it why. */
+  disconnect(why: string, reason: string): void {
+    const { raw } = this.room.options;
+    if (!raw) this.tell(`! ${why}\n`);
+    this.quit(reason);
+  }
+
+  /** Leaves with a last line, as many clients stay open after the end. */
+  quit(reason: string): void {
+    const { raw, askName } = this.room.options;
+    if (!raw && !askName) this.tell(GOODBYE);
     this.leave(reason);
   }
 
@@ -1591,10 +2313,13 @@ class Client extends Person implements Sink {
       return;
     }
     this.left = true;
+    this.#pause(); // counts what it has earned
+    const burst = this.room.options.rate * BURST_SECONDS;
+    this.access.release(this.address, burst - this.#tokens);
     this.room.leave(this, reason);
-    this.access.release(this.address);
-    this.report("Connection closed by", this, reason);
-    if (!drain || this.#outputFailed) return this.#close();
+    const ended = this.#inputEnded || !drain && reason !== TOO_SLOW;
+    this.report(ended ? "Connection closed by" : "Disconnected", this, reason);
+    if (!drain) return this.#close();
     this.#setDeadline(DRAIN_MILLISECONDS, () => this.#close());
     this.#stopSleeping();
     this.reader.end();
@@ -1606,7 +2331,7 @@ class Client extends Person implements Sink {
       await this.connection.closeWrite();
       this.#outputEnded = true;
       if (!this.#inputEnded && !this.room.closed) return;
-    } catch { /* it is gone */ }
+    } catch { /* the client is gone */ }
     this.#close();
   }
 
@@ -1640,16 +2365,141 @@ function smallestBuffer(): Uint8Array {
 }
 
 // ---------------------------------------------------------------------------
-// Commands: what a line that begins with a slash does. /help is printed from the
-// same table.
+// Commands: what a line such as "/who" or "/msg bob hi" does. /help is printed
+// from the same table.
 // ---------------------------------------------------------------------------
 
+/** A command: a slash, letters, then white space or the end of the line. */
+const COMMAND_LINE = /^\/(\p{L}+|\?)(?:\s|$)/u;
+
+/** Whether the first piece of a line that is too long begins a command: a slash that
+ * is all of it may. */
+function beginsCommand(start: string): boolean {
+  const text = start.trimStart();
+  return text === "/" || COMMAND_LINE.test(text);
+}
+
+const COMMAND_TOO_LONG =
+  `Nothing was sent: a command can have ${LINE_BYTES} bytes at most.`;
+
 interface Command<Actor extends Person> {
-  name: string;
+  /** Its name, and then others that mean the same. */
+  names: string[];
   /** What is typed after the name: required, unless it is in brackets. */
-  arguments?: string;
+  args: string;
   help: string;
   run(actor: Actor, text: string): void;
+}
+
+function command<Actor extends Person>(
+  names: string,
+  args: string,
+  help: string,
+  run: (actor: Actor, text: string) => void,
+): Command<Actor> {
+  return { names: names.split(" "), args, help, run };
+}
+
+/**
+ * Runs the command of a line, which may have spaces before it: a private message
+ * must not become public by them. An unknown command after spaces is a message.
+ *
+ * @returns the line to say, with its end, if it is no command
+ */
+function runCommand<Actor extends Person>(
+  commands: Command<Actor>[],
+  actor: Actor,
+  typedLine: string,
+): Uint8Array | null {
+  const line = typedLine.trimStart(), isIndented = line !== typedLine;
+  const [, name] = COMMAND_LINE.exec(line) ?? [];
+  const isKnown = name && findCommand(commands, name.toLowerCase());
+  if (name === undefined || (isIndented && !isKnown)) {
+    const quoted = line.startsWith("//") && COMMAND_LINE.test(line.slice(1));
+    const said = quoted && !isIndented ? line.slice(1) : typedLine;
+    return encoder.encode(said + "\n");
+  }
+  const typed = name.slice(0, 24).toLowerCase();
+  const command = findCommand(commands, typed);
+  const rest = line.slice(name.length + 2);
+  const text = BLANK.test(rest) ? "" : rest.trim();
+  if (command === undefined) {
+    answerError(
+      actor,
+      `Unknown command /${typed}. Did you mean ${nearest(commands, typed)}? ` +
+        `/help lists commands, //${typed} sends it as a message.`,
+    );
+  } else if (text === "" && /^\w/.test(command.args)) {
+    answerUsage(actor, command);
+  } else command.run(actor, text);
+  return null;
+}
+
+function findCommand<Actor extends Person>(
+  commands: Command<Actor>[],
+  typed: string,
+): Command<Actor> | undefined {
+  return commands.find(({ names }) => names.includes(typed));
+}
+
+/** The command that is most like a word: of the same letters, or the closest. */
+function nearest(commands: Command<never>[], typed: string): string {
+  const known = commands.map(({ names }) => names[0]);
+  const letters = (word: string) => [...word].sort().join("");
+  const same = known.find((name) =>
+    name.length === typed.length && letters(name) === letters(typed)
+  );
+  return `/${same ?? closestString(typed, known)}`;
+}
+
+function usage({ names, args }: Command<never>): string {
+  return args ? `/${names[0]} ${args}` : `/${names[0]}`;
+}
+
+/** Tells a person what was wrong with a command, and what to do. */
+function answerError(person: Person, text: string): void {
+  person.tell(`! ${text}\n`);
+}
+
+function answerUsage(person: Person, command: Command<never>): void {
+  answerError(person, `Type ${usage(command)} (${command.help}).`);
+}
+
+/** What /help answers, made once for each table. */
+const helpLines = new WeakMap<object, Uint8Array>();
+
+/** Tells what all commands do, or the one that is named in `text`. */
+function help<Actor extends Person>(
+  commands: Command<Actor>[],
+  actor: Actor,
+  text: string,
+): void {
+  const typed = text.slice(0, 24).replace(/^\//, "").toLowerCase();
+  const found = findCommand(commands, typed);
+  if (found) {
+    const others = found.names.slice(1).map((name) => `/${name}`).join(", ");
+    const also = others && ` (also ${others})`;
+    return actor.tell(`* ${usage(found)}: ${found.help}${also}\n`);
+  }
+  if (typed) {
+    return answerError(
+      actor,
+      `There is no command /${typed}. /help lists commands.`,
+    );
+  }
+  const known = helpLines.get(commands);
+  if (known) return actor.tell(known);
+  const rows = [
+    ["TEXT", "sends a message to everyone"],
+    ...commands.map((command) => [usage(command), command.help]),
+    ["//COMMAND", "sends a message that begins with /COMMAND"],
+  ];
+  const width = Math.max(...rows.map(([typed]) => typed.length)) + 2;
+  const lines = rows.map(([typed, help]) =>
+    `* ${typed.padEnd(width)}${help}\n`
+  );
+  helpLines.set(commands, encoder.encode(lines.join("")));
+  help(commands, actor, "");
 }
 
 /** The first word of a command's text, and the rest of it. */
@@ -1658,178 +2508,214 @@ function firstWord(text: string): [word: string, rest: string] {
   return [word, rest];
 }
 
-/** Runs the command of a line that begins with a slash. */
-function runCommand<Actor extends Person>(
-  commands: Command<Actor>[],
-  actor: Actor,
-  line: string,
-): void {
-  if (line.charCodeAt(1) === SLASH) {
-    return actor.room.say(actor, encoder.encode(line.slice(1) + "\n"));
-  }
-  const [name, rest] = firstWord(line.slice(1));
-  const text = rest.trimEnd(); // not by the expression: that is quadratic
-  const command = commands.find((it) => it.name === name.toLowerCase());
-  if (command !== undefined) {
-    const missing = text === "" && /^\w/.test(command.arguments ?? "");
-    if (missing) answerError(actor, `Type ${usage(command)}.`);
-    else command.run(actor, text);
-  } else if (name.toLowerCase() === "help") {
-    actor.tell(helpLines(commands));
-  } else {
-    const typed = name.slice(0, 24);
-    answerError(
-      actor,
-      `There is no command /${typed}. Type /help for a list, //${typed} to say it.`,
-    );
-  }
-}
-
-function helpLines<Actor extends Person>(commands: Command<Actor>[]): string {
-  const rows = [
-    ["/help", "this list"],
-    ...commands.map((command) => [usage(command), command.help]),
-    ["//TEXT", "say /TEXT"],
-    ["TEXT", "say TEXT to everyone here"],
-  ];
-  const width = Math.max(...rows.map(([typed]) => typed.length)) + 2;
-  return rows.map(([typed, help]) => `* ${typed.padEnd(width)}${help}\n`).join(
-    "",
-  );
-}
-
-function usage({ name, arguments: args }: Command<never>): string {
-  return args ? `/${name} ${args}` : `/${name}`;
-}
-
-/** Tells a person what was wrong with a command, and what to do. */
-function answerError(person: Person, text: string): void {
-  person.tell(`! ${text}\n`);
-}
-
 /** The person of that name; if there is none, `asker` is told so. */
 function findPerson(asker: Person, name: string): Person | undefined {
   const person = asker.room.find(name);
-  if (!person) {
+  if (person === undefined) {
+    const shown = name.slice(0, 24).toWellFormed();
     answerError(
       asker,
-      `Nobody here is called ${name}. Type /who for who is here.`,
+      `Nobody here is called ${shown}. /who lists who is here.`,
     );
   }
   return person;
 }
 
-/** How the reasons that the server gives begin; such a one is quoted if typed. */
+/** Switches a setting by "on", "off", or nothing for the other one. */
+function toggle(
+  person: Person,
+  text: string,
+  setting: { name: string; people: Set<Person>; on: string; off: string },
+): void {
+  const { name, people, on, off } = setting;
+  if (!/^(on|off)?$/i.test(text)) {
+    return answerError(person, `Type /${name} on or /${name} off.`);
+  }
+  if (text ? /on/i.test(text) : !people.has(person)) {
+    people.add(person);
+    person.tell(`* ${on} /${name} off undoes this.\n`);
+  } else {
+    people.delete(person);
+    person.tell(`* ${off}\n`);
+  }
+}
+
+/** How the reasons that the server gives begin, whatever is before and between
+ * their letters: such a one is quoted if it was typed. */
 const SERVER_REASON =
-  /^\P{L}*(too slow|kicked|banned|TLS|a web request|no (?:name|password|TLS))/iu;
+  /^(tooslow|kicked|banned|tls|awebrequest|anssh|no(name|password|tls))/i;
+
+/** The longest reason for leaving or being away, in UTF-16 units. */
+const REASON_UNITS = 200;
+
+/** A typed reason, which must not pass for one that the server gives. */
+function typedReason(text: string): string {
+  const short = text.slice(0, REASON_UNITS).toWellFormed();
+  const letters = short.normalize("NFKC").replace(/[\P{L}\p{DI}]/gv, "");
+  return SERVER_REASON.test(letters) ? `"${short}"` : short;
+}
+
+/** How long ago something was, for a person. */
+function timeSince(moment: number): string {
+  const minutes = Math.floor((performance.now() - moment) / 60_000);
+  return minutes === 1 ? "1 minute" : `${minutes} minutes`;
+}
 
 /** How many people one person can ignore. */
 const MOST_IGNORED = 1_000;
 
-const COMMANDS: Command<Client>[] = [
-  {
-    name: "nick",
-    arguments: "NAME",
-    help: "take another name",
-    run(client, text) {
-      const { room } = client, name = normalizeName(text);
-      const problem = room.nameProblem(name, client);
-      if (problem) {
-        answerError(client, `${problem} Choose one with /nick NAME.`);
-      } else if (name === client.name) {
-        answerError(client, `You are ${name} already.`);
-      } else {
-        room.notice(`${client.name} is now known as ${name}`);
-        room.setName(client, name!);
-      }
-    },
-  },
-  {
-    name: "who",
-    help: "who is here",
-    run: (client) => client.tell(client.room.whoIsHere()),
-  },
-  {
-    name: "me",
-    arguments: "ACTION",
-    help: "do something: /me waves",
-    run(client, text) {
-      const line = encoder.encode(text + "\n");
-      client.room.say(client, line, `** ${client.name} `);
-    },
-  },
-  {
-    name: "msg",
-    arguments: "NAME TEXT",
-    help: "say something to one person alone",
-    run(client, text) {
+/** The commands that the operator has too. */
+const SHARED_COMMANDS: Command<Person>[] = [
+  command("me", "ACTION", "shows what you do: /me waves", (person, text) => {
+    person.room.say(person, encoder.encode(text + "\n"), { action: true });
+  }),
+  command(
+    "msg tell whisper w pm",
+    "NAME TEXT",
+    "sends a private message",
+    (person, text) => {
       const [name, message] = firstWord(text);
-      if (!message) return answerError(client, "Type /msg NAME TEXT.");
-      const person = findPerson(client, name);
-      if (person) client.room.sayPrivately(client, person, message);
+      if (BLANK.test(message)) {
+        return answerError(
+          person,
+          "Type /msg NAME TEXT (the text is missing).",
+        );
+      }
+      const to = findPerson(person, name);
+      if (to) person.room.sayPrivately(person, to, message);
     },
-  },
-  {
-    name: "reply",
-    arguments: "TEXT",
-    help: "answer the last who spoke to you alone",
-    run(client, text) {
-      const { room, replyTo } = client;
+  ),
+  command(
+    "reply r",
+    "TEXT",
+    "answers your last private message",
+    (person, text) => {
+      const { room, replyTo } = person;
       if (replyTo === null) {
         answerError(
-          client,
-          "Nobody has spoken to you alone. Type /msg NAME TEXT.",
+          person,
+          "You have no private message to answer. /msg NAME TEXT sends one.",
         );
       } else if (room.find(replyTo.name) !== replyTo) {
-        answerError(client, `${replyTo.name} has left the room.`);
-      } else room.sayPrivately(client, replyTo, text);
+        answerError(person, `${replyTo.name} has left the room.`);
+      } else room.sayPrivately(person, replyTo, text);
     },
-  },
-  {
-    name: "ignore",
-    arguments: "NAME",
-    help: "do not hear NAME (again to stop that)",
-    run(client, text) {
+  ),
+];
+
+const COMMANDS: Command<Client>[] = [
+  command(
+    "help h ?",
+    "[COMMAND]",
+    "lists the commands, or explains one",
+    (client, text) => {
+      client.charge(0.5); // the answer is long
+      help(COMMANDS, client, text);
+    },
+  ),
+  command("nick name", "NAME", "changes your name", (client, text) => {
+    const { room } = client, name = normalizeName(text);
+    const problem = room.nameProblem(name, client);
+    if (problem) answerError(client, `${problem} Try another: /nick NAME`);
+    else if (name !== client.name) room.rename(client, name!);
+    else answerError(client, `You are ${name} already.`);
+  }),
+  command(
+    "who names list",
+    "[NAME]",
+    "lists who is here, or tells about one person",
+    (client, text) => {
+      if (!text) {
+        const { everyone } = client.room;
+        client.charge(everyone.length / LINE_BYTES);
+        // Shared bytes, whose length is not up to this client: it gets no other
+        // answer before it has taken them, but is not too slow for them.
+        const cost = Math.min(everyone.length, BACKLOG_BYTES + 1);
+        client.reader.insert(everyone, cost);
+        return client.reader.flush();
+      }
+      const person = findPerson(client, text);
+      if (!person) return;
+      const times = person instanceof Client
+        ? ` has been here for ${timeSince(person.since)}, ` +
+          `idle for ${timeSince(person.lastLine)}`
+        : " is here";
+      client.tell(`* ${person.name}${times}.\n`);
+      if (person.away !== null) client.tell(awayText(person));
+    },
+  ),
+  ...SHARED_COMMANDS,
+  command(
+    "ignore",
+    "[NAME]",
+    "hides NAME's messages, again to undo; alone: lists them",
+    (client, text) => {
+      if (!text) {
+        const names = Array.from(client.ignored ?? [], ({ name }) => name);
+        return client.tell(`* You ignore ${names.join(", ") || "nobody"}.\n`);
+      }
       const person = findPerson(client, text);
       if (!person) return;
       const { name } = person;
       if (person === client) {
-        answerError(client, "That is you. Type another's name.");
+        answerError(client, "You cannot ignore yourself.");
       } else if (client.stopIgnoring(person)) {
-        client.tell(`* You hear ${name} again.\n`);
+        client.tell(`* You receive messages from ${name} again.\n`);
       } else if (client.ignored?.size === MOST_IGNORED) {
-        answerError(
-          client,
-          `You ignore ${MOST_IGNORED} people, which is the most.`,
-        );
+        answerError(client, `You already ignore ${MOST_IGNORED} people.`);
       } else {
         client.ignore(person);
         client.tell(
-          `* You do not hear ${name} now. Type /ignore ${name} to stop that.\n`,
+          `* You no longer receive messages from ${name}. ` +
+            `/ignore ${name} undoes this.\n`,
         );
       }
     },
-  },
-  {
-    name: "quiet",
-    help: "do not hear who enters and leaves (again to stop that)",
-    run(client) {
-      if (client.room.quiet.delete(client)) {
-        return client.tell("* You hear who enters and leaves again.\n");
-      }
-      client.room.quiet.add(client);
+  ),
+  command(
+    "quiet",
+    "[on|off]",
+    "hides who joins, leaves or changes names",
+    (client, text) =>
+      toggle(client, text, {
+        name: "quiet",
+        people: client.room.quiet,
+        on: "Join, leave and rename notices are hidden.",
+        off: "Join, leave and rename notices are shown.",
+      }),
+  ),
+  command(
+    "bell",
+    "[on|off]",
+    "rings when you are named or get a private message",
+    (client, text) =>
+      toggle(client, text, {
+        name: "bell",
+        people: client.room.bells,
+        on: "Your terminal rings when you are named or get a private message.",
+        off: "Your terminal no longer rings.",
+      }),
+  ),
+  command(
+    "away",
+    "[REASON]",
+    "tells others that you are away",
+    (client, text) => {
+      const reason = typedReason(text);
+      client.room.setAway(client, reason);
       client.tell(
-        "* You do not hear who enters and leaves now. Type /quiet to stop that.\n",
+        `* You are away${reason && `: ${reason}`}. /back ends this.\n`,
       );
     },
-  },
-  {
-    name: "quit",
-    arguments: "[REASON]",
-    help: "leave the room",
-    run: (client, text) =>
-      client.leave(SERVER_REASON.test(text) ? `"${text}"` : text),
-  },
+  ),
+  command("back", "", "tells others that you are back", (client) => {
+    if (client.away === null) return answerError(client, "You are not away.");
+    client.room.setAway(client, null);
+    client.tell("* You are back.\n");
+  }),
+  command("quit exit bye", "[REASON]", "leaves the room", (client, text) => {
+    client.quit(typedReason(text));
+  }),
 ];
 
 // ---------------------------------------------------------------------------
@@ -1839,6 +2725,9 @@ const COMMANDS: Command<Client>[] = [
 /** How long to wait when the system accepts no connections for the moment, and
  * how often at most to say that it does not. */
 const ACCEPT_RETRY_MILLISECONDS = 100, ACCEPT_REPORT_MILLISECONDS = 60_000;
+
+/** How often at most to say who was refused. */
+const REFUSAL_REPORT_MILLISECONDS = 1_000;
 
 /** Where a server's own words go; by default nowhere. */
 export interface Reports {
@@ -1873,18 +2762,25 @@ export interface Reports {
 export class ChatServer implements AsyncDisposable {
   /** The address that it listens on, with the real port where 0 was asked for. */
   readonly addr: Deno.NetAddr;
+  /** Aborted when the server begins to stop, before anyone is told. */
+  readonly stopping: AbortSignal;
   /** Resolves when the server has stopped and every connection is closed. */
   readonly finished: Promise<void>;
   readonly #options: Options;
   readonly #reports: Required<Reports>;
+  readonly #prints: boolean;
   readonly #room: Room;
   readonly #access: Access;
   readonly #tls: Tls | null;
   readonly #transcript: Transcript | null;
   readonly #listener: Deno.TcpListener;
   readonly #accepting: Promise<void>;
+  readonly #stopping = new AbortController();
   #stopped: Promise<void> | null = null;
   #lastAcceptReport = -Infinity;
+  #lastRefusalReport = -Infinity;
+  /** Refusals that were not reported. */
+  #refusals = 0;
 
   /** Use {@linkcode ChatServer.listen}. */
   private constructor(options: Options, reports: Reports) {
@@ -1893,16 +2789,19 @@ export class ChatServer implements AsyncDisposable {
       print: guarded(reports.print),
       warn: guarded(reports.warn),
     };
-    // The files first: nobody shall connect to a room that does not open.
-    const { host, port, tlsCert, tlsKey, log } = options;
+    this.#prints = reports.print !== undefined;
+    // The files first: no client can connect to a room that does not open.
+    const { host, port, tlsCert, tlsKey, log, motd } = options;
     this.#room = new Room(options);
     this.#access = new Access(options);
     this.#tls = tlsCert ? new Tls(tlsCert, tlsKey) : null;
+    if (motd) this.#room.motd = readMotd(motd);
     this.#transcript = this.#room.transcript = log
       ? new Transcript(log, this.#room, this.#reports.warn)
       : null;
     try {
-      this.#listener = Deno.listen({ hostname: host, port });
+      const shared = options.reusePort ? { reusePort: true } : {};
+      this.#listener = Deno.listen({ hostname: host, port, ...shared });
     } catch (error) {
       this.#transcript?.close();
       throw openError(`Cannot listen on ${formatAddress(host, port)}`, error, {
@@ -1912,6 +2811,7 @@ export class ChatServer implements AsyncDisposable {
       });
     }
     this.addr = this.#listener.addr as Deno.NetAddr;
+    this.stopping = this.#stopping.signal;
     this.#accepting = this.#accept();
     this.finished = this.#accepting.then(() => this.stop());
   }
@@ -1989,15 +2889,55 @@ export class ChatServer implements AsyncDisposable {
     lines: AsyncIterable<string>,
     print: (line: string) => void,
   ): Promise<void> {
-    if (this.#room.closed) return;
-    const operator = new Operator(
-      this.#room,
-      this.#access,
-      guarded(print),
-      () => this.stop(),
-    );
-    this.#room.readers.add(operator.reader);
-    for await (const line of lines) operator.type(line);
+    const room = this.#room;
+    if (room.closed) return;
+    const operator = new Operator(room, this.#access, guarded(print), () => {
+      this.stop();
+    });
+    room.readers.add(operator.reader);
+    // The reports tell of joining and leaving already, with the address.
+    if (this.#prints && !this.#options.quiet) room.quietOnJoins.add(operator);
+    if (!room.find(HOST)) room.add(operator, HOST);
+    const iterator = lines[Symbol.asyncIterator]();
+    try {
+      for (;;) {
+        const next = await Promise.race([iterator.next(), this.finished]);
+        if (!next || next.done) break;
+        operator.type(next.value);
+      }
+    } finally {
+      room.leave(operator, "", { silent: true });
+    }
+  }
+
+  /** The address of the web page of this room, to which a browser that asks the
+   * chat port is sent; empty if there is none. */
+  get webPage(): string {
+    return this.#room.webPage;
+  }
+
+  set webPage(url: string) {
+    this.#room.webPage = url;
+  }
+
+  /**
+   * Opens the log file anew, after another program has renamed it (logrotate).
+   *
+   * @throws {OpenError} if that cannot be done; the old file stays in use
+   */
+  reopenLog(): void {
+    this.#transcript?.reopen();
+  }
+
+  /**
+   * Links the room with others: receives what local people do, and adds people and
+   * lines from elsewhere.
+   *
+   * @param events what the link is told of
+   * @returns how the link puts people and lines into the room
+   */
+  attach(events: LinkEvents): Attachment {
+    return new Link(this.#room, events);
   }
 
   /** Stops the server at the end of an `await using` block. */
@@ -2006,11 +2946,23 @@ export class ChatServer implements AsyncDisposable {
   }
 
   async #stop(): Promise<void> {
-    this.#reports.print("Shutdown Server ......");
+    this.#print("Shutdown Server ......");
+    this.#stopping.abort();
+    for (const { sink } of this.#prints ? this.#room.readers : []) {
+      if (sink instanceof Operator) sink.leave(); // who was told by that line
+    }
     this.#room.close();
     this.#listener.close();
+    const links = Array.from(
+      this.#room.links,
+      ({ events }) => events.stopping(),
+    );
     for (const { sink } of this.#room.readers) sink.leave("");
-    await Promise.all([this.#room.emptied(), this.#transcript?.close()]);
+    await Promise.all([
+      this.#room.emptied(),
+      this.#transcript?.close(),
+      atMost(DRAIN_MILLISECONDS, Promise.allSettled(links)),
+    ]);
     await this.#accepting; // only then is the port free
   }
 
@@ -2020,8 +2972,10 @@ export class ChatServer implements AsyncDisposable {
         for await (const conn of this.#listener) {
           try {
             conn.setNoDelay(true); // a line does not wait for the next one
-            conn.setKeepAlive(true); // clients that vanish are noticed some day
-            this.admit(this.#tls?.connect(conn) ?? conn, conn.remoteAddr);
+            conn.setKeepAlive(true); // clients that vanish are noticed eventually
+            const { remoteAddr } = conn;
+            const tls = this.#tls && new TlsConnection(conn, this.#tls);
+            this.admit(tls ?? conn, remoteAddr);
           } catch (error) { // of this connection alone
             tryClose(conn);
             this.#reports.warn(`Cannot admit a connection: ${reason(error)}`);
@@ -2047,7 +3001,7 @@ export class ChatServer implements AsyncDisposable {
     this.#lastAcceptReport = now;
     this.#reports.warn(
       `Cannot accept connections for now: ${reason(error)} ` +
-        `(newcomers wait; a higher ulimit -n lets more in)`,
+        `(new clients wait; a higher ulimit -n lets more in)`,
     );
   }
 
@@ -2074,12 +3028,11 @@ export class ChatServer implements AsyncDisposable {
     remote: { hostname: string; port: number },
   ): void {
     const address = plainAddress(remote.hostname);
-    if (this.#room.closed || !this.#access.admits(address)) {
-      return tryClose(connection);
-    }
-    const refusal = this.#access.take(address);
-    if (refusal !== null) {
-      refuse(connection, refusal);
+    if (this.#room.closed) return tryClose(connection);
+    const { why, answer } = this.#access.take(address);
+    if (why) {
+      this.#reportRefusal(`${formatAddress(address, remote.port)} (${why})`);
+      refuse(connection, answer);
       return;
     }
     const client = new Client(
@@ -2098,24 +3051,41 @@ export class ChatServer implements AsyncDisposable {
   readonly #report: Report = (what, { origin, name }, reason = "") => {
     if (this.#options.quiet || this.#room.closed) return;
     const who = (name && `${name}, `) + (reason && `${reason}, `);
-    this.#reports.print(`${what} ${origin} (${who}${this.#access.here} here)`);
+    this.#print(`${what} ${origin} (${who}${this.#access.here} here)`);
   };
+
+  #print(line: string): void {
+    const time = this.#options.timestamps ? this.#room.time() : "";
+    this.#reports.print(time + line);
+  }
+
+  /** Prints who was refused, at most one a second, and how many there were. */
+  #reportRefusal(what: string): void {
+    const now = performance.now();
+    if (this.#options.quiet) return;
+    if (now - this.#lastRefusalReport < REFUSAL_REPORT_MILLISECONDS) {
+      this.#refusals++;
+      return;
+    }
+    const more = this.#refusals > 0 ? `, and ${this.#refusals} before it` : "";
+    this.#print(`Refused ${what}${more}`);
+    this.#lastRefusalReport = now;
+    this.#refusals = 0;
+  }
 }
 
-/** Tells a connection why it is refused, and closes it. */
-async function refuse(connection: Connection, why: string): Promise<void> {
-  const deadline = setTimeout(() => tryClose(connection), DRAIN_MILLISECONDS);
+/** Tells a connection why it is refused, if that is told, and closes it at once:
+ * nobody else waits for its descriptor. */
+async function refuse(connection: Connection, answer: string): Promise<void> {
+  const late = setTimeout(() => tryClose(connection), DRAIN_MILLISECONDS);
   try {
-    await connection.handshake?.();
-    await writeAll(connection, encoder.encode(`! ${why}\n`));
-    await connection.closeWrite?.();
-    // To close with unread input would reset it, and lose the line.
-    const rest = new Uint8Array(SMALLEST_READ_BYTES);
-    while (await connection.read(rest) !== null) {
-      await delay(DISCARD_MILLISECONDS);
+    if (answer) {
+      await connection.handshake?.();
+      await connection.write(encoder.encode(`! ${answer}\n${GOODBYE}`));
+      await connection.closeWrite?.();
     }
-  } catch { /* it is gone */ }
-  clearTimeout(deadline);
+  } catch { /* the client is gone */ }
+  clearTimeout(late);
   tryClose(connection);
 }
 
@@ -2131,83 +3101,342 @@ function guarded(report?: (line: string) => void): (line: string) => void {
 }
 
 // ---------------------------------------------------------------------------
-// Access: which addresses are admitted, how many clients, and the password.
+// Link: people and lines from other servers. What carries them is an add-on.
 // ---------------------------------------------------------------------------
 
+/** What a link is told of the people and lines of this server. */
+export interface LinkEvents {
+  /** Somebody says `lines` to everyone: whole lines with their ends, cleaned, and
+   * without the name. In a raw room the name is empty.
+   *
+   * @param action whether it is a line of `/me` */
+  said(name: string, lines: Uint8Array, action: boolean): void;
+  /** Somebody is here. */
+  joined(name: string): void;
+  /** Somebody is no longer here. */
+  left(name: string, reason: string): void;
+  /** Somebody has another name. */
+  renamed(from: string, to: string): void;
+  /** Somebody is away, for a reason that can be empty; `null`: is back. */
+  away(name: string, reason: string | null): void;
+  /** Somebody sends a private message to a person whom the link has added. */
+  toldPrivately(from: string, to: string, text: string): void;
+  /** The server stops; it waits for the promise, a second at most. */
+  stopping(): Promise<void>;
+}
+
+/** How a link puts people and lines from elsewhere into the room. Their names are
+ * two names with `@` between them, such as `alice@tokyo`, which no local one is. */
+export interface Attachment {
+  /** The people of this server, with why they are away; `null`: they are not. */
+  people(): { name: string; away: string | null }[];
+  /** Adds a person, and tells the room if `announce`. Returns whether that could be
+   * done: not if the name is none, or is there already. */
+  add(
+    name: string,
+    options?: { announce?: boolean; away?: string | null },
+  ): boolean;
+  /** Removes a person that the link has added. */
+  remove(name: string, options?: { announce?: boolean; reason?: string }): void;
+  /** Gives a person that the link has added another name; tells whether it could. */
+  rename(from: string, to: string): boolean;
+  /** Marks a person that the link has added as away, or as back (`null`). */
+  setAway(name: string, reason: string | null): void;
+  /** Has a person that the link has added say lines to everyone here. They are
+   * cleaned, and bounded, like those of a client. In a raw room any name does. */
+  say(name: string, lines: Uint8Array, options?: { action?: boolean }): void;
+  /** Sends a private message to a person of this server; tells whether there is one
+   * of that name. */
+  tell(from: string, to: string, text: string): boolean;
+  /** Answers one person of this server what was wrong, in one line. */
+  answer(to: string, text: string): void;
+  /** Tells everyone something about the link, in one line. */
+  notice(text: string): void;
+  /** Removes its people without a notice, and is told nothing more. */
+  detach(): void;
+}
+
+/** Somebody who is connected to another server. */
+class RemotePerson extends Person {
+  readonly reader = null;
+
+  constructor(room: Room, readonly link: Link) {
+    super(room);
+  }
+
+  override receive(from: Person, text: string): boolean {
+    this.link.events.toldPrivately(from.name, this.name, text);
+    return true;
+  }
+}
+
+/** What a link adds to the room: people of other servers, and their lines. */
+class Link implements Attachment {
+  constructor(readonly room: Room, readonly events: LinkEvents) {
+    room.links.add(this);
+  }
+
+  people(): { name: string; away: string | null }[] {
+    return [...this.room.people.values()]
+      .filter((person) => !(person instanceof RemotePerson))
+      .map(({ name, away }) => ({ name, away }));
+  }
+
+  add(name: string, { announce = false, away = null as string | null } = {}) {
+    if (!isRemoteName(name) || this.room.find(name)) return false;
+    const person = new RemotePerson(this.room, this);
+    person.away = away === null ? null : shortText(away);
+    if (announce) this.room.enter(person, name);
+    else this.room.add(person, name);
+    return true;
+  }
+
+  remove(name: string, { announce = false, reason = "" } = {}): void {
+    const person = this.#find(name), silent = !announce;
+    if (person) this.room.leave(person, shortText(reason), { silent });
+  }
+
+  rename(from: string, to: string): boolean {
+    const person = this.#find(from), other = this.room.find(to);
+    if (!person || !isRemoteName(to) || (other && other !== person)) {
+      return false;
+    }
+    this.room.rename(person, to);
+    return true;
+  }
+
+  setAway(name: string, reason: string | null): void {
+    const person = this.#find(name);
+    if (!person) return;
+    this.room.setAway(person, reason === null ? null : shortText(reason));
+  }
+
+  say(name: string, lines: Uint8Array, { action = false } = {}): void {
+    const { raw } = this.room.options;
+    const person = raw ? new RemotePerson(this.room, this) : this.#find(name);
+    if (!person) return;
+    const splitter = new LineSplitter(raw, () => false);
+    const parts = [splitter.push(lines), splitter.end()];
+    for (const part of parts) {
+      for (let start = 0; start < part.length;) {
+        if (part[start] === PIECE) start++;
+        const { end } = runEnd(part, start, Infinity);
+        this.room.say(person, part.subarray(start, end), { action });
+        start = end;
+      }
+    }
+  }
+
+  tell(from: string, to: string, text: string): boolean {
+    const person = this.#find(from), recipient = this.room.find(to);
+    if (!person || !recipient || recipient instanceof RemotePerson) {
+      return false;
+    }
+    const line = cleanLine(text.slice(0, LINE_BYTES));
+    return line === "" || recipient.receive(person, line);
+  }
+
+  answer(to: string, text: string): void {
+    const person = this.room.find(to);
+    if (person) answerError(person, shortText(text));
+  }
+
+  notice(text: string): void {
+    this.room.notice(shortText(text));
+  }
+
+  detach(): void {
+    this.room.links.delete(this);
+    for (const person of this.room.people.values()) {
+      if (person instanceof RemotePerson && person.link === this) {
+        this.room.leave(person, "", { silent: true });
+      }
+    }
+  }
+
+  #find(name: string): RemotePerson | undefined {
+    const person = this.room.people.get(nameKey(name));
+    return person instanceof RemotePerson && person.link === this
+      ? person
+      : undefined;
+  }
+}
+
+/** Whether a name is one of a person on another server. */
+function isRemoteName(name: string): boolean {
+  const parts = name.split("@");
+  return parts.length === 2 && parts.every((it) => normalizeName(it) === it);
+}
+
+/** A text from elsewhere, as it may be part of a notice. */
+function shortText(text: string): string {
+  return cleanLine(text.slice(0, REASON_UNITS).toWellFormed());
+}
+
+// ---------------------------------------------------------------------------
+// Access: which addresses are admitted, how many clients of each, and the
+// password. An address is an IPv4 address or an IPv6 network of 64 bits, as
+// anyone with IPv6 has that many addresses.
+// ---------------------------------------------------------------------------
+
+/** How many wrong passwords from an address are too many, and for how long they
+ * count. */
+const PASSWORD_TRIES = 3, PASSWORD_MILLISECONDS = 60_000;
+
+/** How many addresses are remembered before those with nothing to remember are
+ * looked for. */
+const MOST_ADDRESSES = 1_000;
+
+/** What is remembered of an address. */
+interface AddressRecord {
+  /** How many clients are connected. */
+  here: number;
+  /** How many lines clients that left had sent beyond the rate, as of when. */
+  debt: number;
+  debtTime: number;
+  wrongPasswords: number;
+  lastWrong: number;
+}
+
+/** A network that the operator has banned. */
+interface Ban {
+  network: Network;
+  /** Who was banned, if it was a person. */
+  name: string;
+  reason: string;
+  time: Date;
+}
+
+/** Who is admitted: address rules, bans, places, debts of addresses, the password. */
 class Access {
-  /** The addresses that the operator has banned. */
-  readonly banned = new Set<string>();
+  #bans: Ban[] = [];
+  #isBanned = networkTest([]);
   /** How many clients are connected. */
   here = 0;
-  /** How many of them from each address. */
-  readonly #addresses = new Map<string, number>();
-  readonly #allows: (address: string) => boolean;
+  readonly #addresses = new Map<string, AddressRecord>();
+  #lastForgotten = -Infinity;
+  readonly #isAllowed: ((address: string) => boolean) | null;
   /** Whether a text is the password; `null` if none is asked for. */
   readonly #isPassword: ((text: string) => boolean) | null;
 
   constructor(readonly options: Options) {
     const { allow, passwordFile } = options;
-    this.#allows = allow.length > 0 ? networkTest(allow) : () => true;
+    this.#isAllowed = allow.length > 0
+      ? networkTest(allow.map((text) => parseNetwork(text)!))
+      : null;
     this.#isPassword = passwordFile
       ? passwordTest(readPassword(passwordFile))
       : null;
   }
 
-  /** Whether clients from this address are admitted at all. */
-  admits(address: string): boolean {
-    return !this.banned.has(address) && this.#allows(address);
+  get bans(): Ban[] {
+    return this.#bans;
   }
 
-  /** Counts a client, or tells why there is no place for it. */
-  take(address: string): string | null {
+  set bans(bans: Ban[]) {
+    this.#bans = bans;
+    this.#isBanned = networkTest(bans.map(({ network }) => network));
+  }
+
+  /**
+   * Counts a client, if it is admitted.
+   *
+   * @returns otherwise why not, for the operator, and an answer for the client; a
+   * client from a network that is not admitted gets none
+   */
+  take(address: string): { why: string; answer: string } {
     const { maxClients, maxPerAddress } = this.options;
-    const fromHere = this.#addresses.get(address) ?? 0;
-    if (this.here >= maxClients) return "The room is full. Try again later.";
-    if (maxPerAddress > 0 && fromHere >= maxPerAddress) {
-      return "Too many here are from your address.";
+    if (this.#isAllowed?.(address) === false) {
+      return { why: "not in --allow", answer: "" };
+    }
+    if (this.#isBanned(address)) return { why: "banned", answer: "" };
+    if (this.here >= maxClients) {
+      const answer = "The room is full. Try again later.";
+      return { why: "the room is full", answer };
+    }
+    const record = this.#record(address);
+    if (maxPerAddress > 0 && record.here >= maxPerAddress) {
+      const answer = "There are too many connections from your address.";
+      return { why: "--max-per-address", answer };
     }
     this.here++;
-    this.#addresses.set(address, fromHere + 1);
-    return null;
+    record.here++;
+    return { why: "", answer: "" };
   }
 
-  /** A client that was counted has left. */
-  release(address: string): void {
+  /** A client that was counted has left, having sent `spent` lines beyond what it
+   * had earned since, with those that it had to begin with. */
+  release(address: string, spent: number): void {
+    const record = this.#record(address);
+    record.debt = Math.max(this.debt(address), spent);
+    record.debtTime = performance.now();
+    record.here--;
     this.here--;
-    const fromHere = this.#addresses.get(address)! - 1;
-    if (fromHere > 0) this.#addresses.set(address, fromHere);
-    else this.#addresses.delete(address);
+  }
+
+  /** How many lines a new client has spent already, because others from its address
+   * sent them and left: at most all that it may send at once. */
+  debt(address: string): number {
+    const { debt, debtTime } = this.#record(address), { rate } = this.options;
+    const paid = (performance.now() - debtTime) * rate / 1_000;
+    return Math.min(Math.max(0, debt - paid), rate * BURST_SECONDS);
   }
 
   get asksPassword(): boolean {
     return this.#isPassword !== null;
   }
 
-  isPassword(text: string): boolean {
-    return this.#isPassword?.(text) ?? true;
+  /** Whether too many wrong passwords came from an address. */
+  isLocked(address: string): boolean {
+    const record = this.#record(address);
+    if (performance.now() - record.lastWrong > PASSWORD_MILLISECONDS) {
+      record.wrongPasswords = 0;
+    }
+    return record.wrongPasswords >= PASSWORD_TRIES;
   }
-}
 
-// node:net and node:crypto take 35 ms and 9 MB at start-up: they are loaded when
-// an option needs them.
-
-/** Tests whether an address is in one of these networks. */
-function networkTest(networks: string[]): (address: string) => boolean {
-  const { BlockList } = process.getBuiltinModule("node:net");
-  const family = (address: string) => address.includes(":") ? "ipv6" : "ipv4";
-  const list = new BlockList();
-  for (const network of networks) {
-    const { address, prefix } = parseNetwork(network)!;
-    list.addSubnet(address, prefix, family(address));
+  isPassword(text: string, address: string): boolean {
+    const record = this.#record(address);
+    const right = this.#isPassword?.(text) ?? true;
+    record.wrongPasswords = right ? 0 : record.wrongPasswords + 1;
+    if (!right) record.lastWrong = performance.now();
+    return right;
   }
-  return (address) => {
-    const canonical = canonicalAddress(address);
-    return canonical !== null && list.check(canonical, family(canonical));
-  };
+
+  #record(address: string): AddressRecord {
+    const key = addressKey(address);
+    let record = this.#addresses.get(key);
+    if (record === undefined) {
+      if (this.#addresses.size >= MOST_ADDRESSES) this.#forgetAddresses();
+      record = {
+        here: 0,
+        debt: 0,
+        debtTime: 0,
+        wrongPasswords: 0,
+        lastWrong: -Infinity,
+      };
+      this.#addresses.set(key, record);
+    }
+    return record;
+  }
+
+  /** Forgets addresses of which there is nothing to remember, at most once a
+   * second. */
+  #forgetAddresses(): void {
+    const now = performance.now(), { rate } = this.options;
+    if (now - this.#lastForgotten < 1_000) return;
+    this.#lastForgotten = now;
+    for (const [key, { here, debt, debtTime, lastWrong }] of this.#addresses) {
+      const owes = debt > (now - debtTime) * rate / 1_000;
+      const tried = now - lastWrong < PASSWORD_MILLISECONDS;
+      if (here === 0 && !owes && !tried) this.#addresses.delete(key);
+    }
+  }
 }
 
 /** Tests a password, in the same time whatever of it is right. */
 function passwordTest(password: string): (text: string) => boolean {
+  // Loaded only when needed: at start-up it takes 35 ms and 9 MB.
   const { createHash, timingSafeEqual } = process.getBuiltinModule(
     "node:crypto",
   );
@@ -2215,6 +3444,16 @@ function passwordTest(password: string): (text: string) => boolean {
   const digest = (text: string) => createHash("sha256").update(text).digest();
   const expected = digest(password);
   return (text) => timingSafeEqual(digest(text), expected);
+}
+
+// -- addresses
+
+/** A network in CIDR notation (RFC 4632); a single address has all its bits. */
+interface Network {
+  /** Its family, 4 or 6, and then its bits: `4` and eight of them for 10.0.0.0/8. */
+  bits: string;
+  /** How the system writes it; without a prefix if it is a single address. */
+  text: string;
 }
 
 /** An address without the IPv4-mapped form (RFC 4291, 2.5.5.2). */
@@ -2237,18 +3476,69 @@ function canonicalAddress(text: string): string | null {
   return [high >> 8, high & 255, low >> 8, low & 255].join(".");
 }
 
-/** Reads a network in CIDR notation (RFC 4632), or a single address. */
-function parseNetwork(
-  text: string,
-): { address: string; prefix: number } | null {
-  const [, host, bits] = /^([^/]+)(?:\/(\d{1,3}))?$/.exec(text) ?? [];
-  const address = canonicalAddress(host ?? "");
+/** Reads a network or a single address, such as `10.0.0.0/8` or `::1`. */
+function parseNetwork(text: string): Network | null {
+  const [, host = "", length] =
+    /^([^/%]+)(?:%[^/]*)?(?:\/(\d{1,3}))?$/.exec(text) ?? [];
+  const address = canonicalAddress(host);
   if (address === null) return null;
-  const length = address.includes(":") ? 128 : 32;
+  const bits = addressBits(address);
+  if (length === undefined) return networkOf(bits);
   // An IPv4 address may have been written in its mapped form, of 128 bits.
-  const skipped = length === 32 && host.includes(":") ? 96 : 0;
-  const prefix = bits === undefined ? length : Number(bits) - skipped;
-  return prefix >= 0 && prefix <= length ? { address, prefix } : null;
+  const isMapped = bits[0] === "4" && host.includes(":");
+  const prefix = Number(length) - (isMapped ? 96 : 0);
+  const isPrefix = prefix >= 0 && prefix < bits.length;
+  return isPrefix ? networkOf(bits.slice(0, 1 + prefix)) : null;
+}
+
+/** The bits of a canonical address, after its family. */
+function addressBits(address: string): string {
+  const binary = (number: number, width: number) =>
+    number.toString(2).padStart(width, "0");
+  if (!address.includes(":")) {
+    const bytes = address.split(".");
+    return "4" + bytes.map((byte) => binary(Number(byte), 8)).join("");
+  }
+  const [first, last = []] = address.split("::")
+    .map((part) => part.split(":").filter(Boolean));
+  const zeros = Array(8 - first.length - last.length).fill("0");
+  const groups = [...first, ...zeros, ...last];
+  return "6" + groups.map((group) => binary(parseInt(group, 16), 16)).join("");
+}
+
+function networkOf(bits: string): Network {
+  const [size, width] = bits[0] === "4" ? [32, 8] : [128, 16];
+  const numbers = Array.from({ length: size / width }, (_, i) => {
+    const part = bits.slice(1 + i * width, 1 + (i + 1) * width);
+    return parseInt(part.padEnd(width, "0"), 2);
+  });
+  const address = width === 8
+    ? numbers.join(".")
+    : canonicalAddress(numbers.map((it) => it.toString(16)).join(":"));
+  const prefix = bits.length - 1;
+  return { bits, text: prefix < size ? `${address}/${prefix}` : `${address}` };
+}
+
+/** Tests whether an address is in one of these networks. */
+function networkTest(networks: Network[]): (address: string) => boolean {
+  return (text) => {
+    const own = networks.length > 0 ? parseNetwork(text) : null;
+    return own !== null &&
+      networks.some(({ bits }) => own.bits.startsWith(bits));
+  };
+}
+
+/** The network by which an address counts: of IPv6 the first 64 bits. */
+function countedNetwork({ bits }: Network): Network {
+  const isIPv6Address = bits[0] === "6" && bits.length === 129;
+  return networkOf(isIPv6Address ? bits.slice(0, 65) : bits);
+}
+
+/** The same as text; what is no address, such as a path, counts by itself. */
+function addressKey(address: string): string {
+  if (!address.includes(":")) return address;
+  const network = parseNetwork(address);
+  return network ? countedNetwork(network).text : address;
 }
 
 function formatAddress(address: string, port: number): string {
@@ -2263,6 +3553,8 @@ interface Remedy {
   flags: string;
   /** When the system denies it. */
   denied?: string;
+  /** When there is no such file: the folder that it has to be in. */
+  folder?: string;
   /** In all other cases. */
   other?: string;
 }
@@ -2272,7 +3564,8 @@ function openError(what: string, error: unknown, remedy: Remedy): OpenError {
   return new OpenError(`${what}: ${problem(error, remedy)}`, { cause: error });
 }
 
-function problem(error: unknown, { flags, denied, other }: Remedy): string {
+function problem(error: unknown, remedy: Remedy): string {
+  const { flags, denied, folder, other } = remedy;
   if (error instanceof Deno.errors.NotCapable) {
     // For devices Deno "Requires all access".
     const all = error.message.includes("all access");
@@ -2288,11 +3581,25 @@ function problem(error: unknown, { flags, denied, other }: Remedy): string {
   if (error instanceof Deno.errors.AddrNotAvailable) {
     return "this machine does not have that address (choose one with --host)";
   }
-  if (error instanceof Deno.errors.NotFound) return "there is no such file";
+  if (error instanceof Deno.errors.NotFound) {
+    if (!folder) return "there is no such file";
+    if (!exists(folder)) {
+      return `the folder ${folder} does not exist (create it first)`;
+    }
+  }
   if (error instanceof Deno.errors.PermissionDenied && denied) {
     return `the system does not permit it (${denied})`;
   }
   return reason(error) + (other ? ` (${other})` : "");
+}
+
+function exists(path: string): boolean {
+  try {
+    Deno.statSync(path);
+    return true;
+  } catch {
+    return false; // or it is not permitted to look
+  }
 }
 
 const FILE_DENIED = "look at the file's owner and mode";
@@ -2310,35 +3617,53 @@ function readFile(path: string): string {
 
 function readPassword(path: string): string {
   const [password] = readFile(path).replace(/^\ufeff/, "").split(/\r?\n/);
-  // What a client types comes cleaned, and in pieces if it is too long.
-  const [typed, ...more] = linesOf(password);
-  if (typed === password && more.length === 0) return password;
+  // What a client types is cleaned, and refused if it is too long.
+  const isShort = encoder.encode(password).length <= LINE_BYTES;
+  if (password && isShort && cleanLine(password) === password) return password;
   throw new OpenError(
-    `Cannot use ${path}: its first line is to be the password, ` +
+    `Cannot use ${path}: its first line has to be the password, ` +
       `at most ${LINE_BYTES} bytes of UTF-8`,
   );
 }
 
+/** The lines of a file for new clients, as the room shows them. */
+function readMotd(path: string): string {
+  return readFile(path).trimEnd().split("\n")
+    .map((line) => `* ${cleanLine(line)}\n`).join("");
+}
+
 // ---------------------------------------------------------------------------
-// TLS: a connection in whose stead an inner one speaks TLS.
+// TLS: a connection beside which an inner one speaks TLS.
 //
 //   client ──TLS──→ outer (TCP) ⇄ middle (loopback) ──→ inner (Deno.listenTls)
 //
-// Closing a Deno.TlsConn leaves its socket open until the other side says
-// goodbye: a client that says nothing would keep its descriptor for ever. Here
-// the client's socket is a TCP one, which closes when it is closed.
+// A Deno.TlsConn that is closed keeps its socket open until the other side says
+// goodbye, which a client that is gone never does. Here the client's socket is a
+// TCP one. A TLSSocket of node:tls over it would take one descriptor a client
+// instead of three, but its handshake never ends before Deno 2.8.
 // ---------------------------------------------------------------------------
 
 const LOOPBACK = "127.0.0.1";
 
-class TlsEngine {
+/** How much is passed on at once, in bytes. */
+const FORWARD_BYTES = 4_096;
+
+/** The certificate and its key, and what they make of connections. */
+class Tls {
   readonly #options: Deno.ListenTlsOptions & Deno.TlsCertifiedKeyPem;
 
-  /** Throws what `Deno.listenTls` throws if these are not a certificate and its
-   * key. */
-  constructor(cert: string, key: string) {
+  /** @throws {OpenError} if the files do not hold a certificate and its key */
+  constructor(certPath: string, keyPath: string) {
+    const cert = readFile(certPath), key = readFile(keyPath);
     this.#options = { hostname: LOOPBACK, port: 0, cert, key };
-    Deno.listenTls(this.#options).close();
+    try {
+      Deno.listenTls(this.#options).close();
+    } catch (error) {
+      throw openError(`Cannot use ${certPath} with ${keyPath}`, error, {
+        flags: "--allow-net",
+        other: "give a certificate and its own key, as PEM files",
+      });
+    }
   }
 
   /** Two ends of one connection, the second of which speaks TLS. */
@@ -2366,9 +3691,6 @@ class TlsEngine {
   }
 }
 
-/** How much passes from one end to the other at once, in bytes. */
-const FORWARD_BYTES = 4_096;
-
 class TlsConnection implements Connection {
   readonly #outer: Deno.TcpConn;
   readonly #inner: Promise<Deno.TlsConn>;
@@ -2376,29 +3698,16 @@ class TlsConnection implements Connection {
   #closed = false;
   #sent: Promise<void> = Promise.resolve();
 
-  constructor(outer: Deno.TcpConn, engine: TlsEngine) {
+  constructor(outer: Deno.TcpConn, tls: Tls) {
     this.#outer = outer;
-    this.#inner = engine.connect().then(([middle, inner]) => {
+    this.#inner = tls.connect().then(([middle, inner]) => {
       this.#ends = [middle, inner];
       if (this.#closed) this.close(); // it was given up meanwhile
-      this.#forward(outer, middle);
-      this.#sent = this.#forward(middle, outer);
+      forward(outer, middle);
+      this.#sent = forward(middle, outer);
       return inner;
     });
     this.#inner.catch(() => this.close());
-  }
-
-  /** Passes on what there is, and then the end. What fails in one direction
-   * leaves the other alone, which may still have something to pass on. */
-  async #forward(from: Deno.TcpConn, to: Deno.TcpConn): Promise<void> {
-    try {
-      // Not `from.readable`: at its end it closes the socket for writing too.
-      const buffer = new Uint8Array(FORWARD_BYTES);
-      for (let count; (count = await from.read(buffer)) !== null;) {
-        await writeAll(to, buffer.subarray(0, count));
-      }
-    } catch { /* it is gone: that is an end as well */ }
-    await to.closeWrite().catch(() => {});
   }
 
   async handshake(): Promise<void> {
@@ -2410,7 +3719,7 @@ class TlsConnection implements Connection {
     try {
       return await inner.read(buffer);
     } catch (error) {
-      // Many clients end without TLS's own goodbye (close_notify, RFC 8446, 6.1).
+      // Many clients end without close_notify (RFC 8446, 6.1).
       if (error instanceof Deno.errors.UnexpectedEof) return null;
       throw error;
     }
@@ -2431,22 +3740,17 @@ class TlsConnection implements Connection {
   }
 }
 
-class Tls {
-  readonly #engine: TlsEngine;
-  constructor(certPath: string, keyPath: string) {
-    const cert = readFile(certPath), key = readFile(keyPath);
-    try {
-      this.#engine = new TlsEngine(cert, key);
-    } catch (error) {
-      throw openError(`Cannot use ${certPath} with ${keyPath}`, error, {
-        flags: "--allow-net",
-        other: "give a certificate and its own key, as PEM files",
-      });
+/** Passes on what there is, and then the end. What fails in one direction leaves
+ * the other alone, which may still have something to pass on. */
+async function forward(from: Deno.TcpConn, to: Deno.TcpConn): Promise<void> {
+  try {
+    // Not `from.readable`: at its end it closes the socket for writing too.
+    const buffer = new Uint8Array(FORWARD_BYTES);
+    for (let count; (count = await from.read(buffer)) !== null;) {
+      await writeAll(to, buffer.subarray(0, count));
     }
-  }
-  connect(conn: Deno.TcpConn): Connection {
-    return new TlsConnection(conn, this.#engine);
-  }
+  } catch { /* the client is gone: that is an end as well */ }
+  await to.closeWrite().catch(() => {});
 }
 
 // ---------------------------------------------------------------------------
@@ -2502,13 +3806,7 @@ class Output {
 
   /** Resolves when all is written, or cannot be in that time. */
   async flush(milliseconds: number): Promise<void> {
-    if (this.#writing === null) return;
-    let timer: Timer | undefined;
-    const late = new Promise<void>((resolve) => {
-      timer = setTimeout(resolve, milliseconds);
-    });
-    await Promise.race([this.#writing, late]);
-    clearTimeout(timer);
+    if (this.#writing !== null) await atMost(milliseconds, this.#writing);
   }
 
   /** Writes nothing more. */
@@ -2539,12 +3837,16 @@ class Output {
   }
 }
 
+/** The longest line of the log file, in bytes: each of a message can be an invalid
+ * one, of which U+FFFD makes three. */
+const TRANSCRIPT_LINE_BYTES = 3 * LINE_BYTES + 256;
+
 /** A line of the log file: the time, and what was said. */
 const TRANSCRIPT_LINE = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (.+)$/;
 
 /** The public lines, kept in a file. */
 class Transcript {
-  readonly #file: Deno.FsFile;
+  #file: Deno.FsFile;
   readonly #output: Output;
   /** Whether trouble was reported, and nothing has been written since. */
   #reported = false;
@@ -2557,18 +3859,7 @@ class Transcript {
     readonly room: Room,
     readonly warn: (line: string) => void,
   ) {
-    try {
-      this.#file = Deno.openSync(path, {
-        read: true,
-        append: true,
-        create: true,
-      });
-    } catch (error) {
-      throw openError(`Cannot open ${path}`, error, {
-        flags: `--allow-read=${path} --allow-write=${path}`,
-        denied: FILE_DENIED,
-      });
-    }
+    this.#file = this.#open();
     this.#restore();
     this.#output = new Output(
       { write: (bytes) => this.#write(bytes) },
@@ -2584,9 +3875,36 @@ class Transcript {
     );
   }
 
-  /** Adds public lines, as the room receives them. */
-  add(lines: Uint8Array): void {
-    const stampLength = this.room.stamp().length;
+  #open(): Deno.FsFile {
+    const { path } = this;
+    try {
+      // Only its owner can read what people say.
+      const options = { read: true, append: true, create: true, mode: 0o600 };
+      return Deno.openSync(path, options);
+    } catch (error) {
+      throw openError(`Cannot open ${path}`, error, {
+        flags: `--allow-read=${path} --allow-write=${path}`,
+        denied: FILE_DENIED,
+        folder: path.replace(/[^/\\]*$/, "") || ".",
+      });
+    }
+  }
+
+  /** Opens the file of that name anew, where the old one was renamed.
+   *
+   * @throws {OpenError} if that cannot be done; the old one stays in use */
+  reopen(): void {
+    const before = this.#file;
+    this.#file = this.#open();
+    before.close();
+  }
+
+  /**
+   * Adds public lines, as the room receives them.
+   *
+   * @param stampLength how many bytes of each are the time of day
+   */
+  add(lines: Uint8Array, stampLength: number): void {
     const start = new Date().toISOString() + " ";
     const text = decoder.decode(lines.subarray(0, -1));
     this.#output.print(
@@ -2620,11 +3938,10 @@ class Transcript {
     const file = this.#file, { history, raw } = this.room.options;
     const { isFile, size } = file.statSync();
     if (!isFile || size === 0) return;
-    // The end is enough, however large the file is: as many of the longest lines
-    // (three bytes a byte, where an invalid one became U+FFFD), or as much as the
-    // history keeps and as much again for the times.
+    // The end is enough, however large the file is: as many of the longest lines,
+    // or as much as the history keeps and as much again for the times.
     const most = Math.min(
-      (history + 1) * (3 * LINE_BYTES + 256),
+      (history + 1) * TRANSCRIPT_LINE_BYTES,
       2 * HISTORY_BYTES,
     );
     file.seekSync(Math.max(0, size - most), Deno.SeekMode.Start);
@@ -2634,10 +3951,11 @@ class Transcript {
     // What was cut off may be the middle of a line, which anyone can have made
     // to look like the beginning of one.
     const start = size > most ? tail.indexOf(LF) + 1 : 0;
-    const lines = splitLines(decoder.decode(tail.subarray(start)));
+    const lines = decoder.decode(tail.subarray(start)).split("\n")
+      .filter((line) => line.length <= TRANSCRIPT_LINE_BYTES);
     this.room.restoreHistory(
       lines.flatMap((line) => {
-        const [, stamp, said] = TRANSCRIPT_LINE.exec(line) ?? [];
+        const [, stamp, said] = TRANSCRIPT_LINE.exec(cleanLine(line)) ?? [];
         const time = new Date(stamp);
         return Number.isNaN(time.getTime()) ? [] : [{ time, line: said }];
       }).slice(-history),
@@ -2661,8 +3979,13 @@ function readFully(file: Deno.FsFile, length: number): Uint8Array {
 // Console: the operator, who speaks as host and keeps order.
 // ---------------------------------------------------------------------------
 
+/** The operator: a person who speaks as host, and whose reader is the console. */
 class Operator extends Person implements Sink {
   readonly reader: Reader;
+  readonly #splitter = new LineSplitter(
+    false,
+    beginsCommand,
+  );
 
   constructor(
     room: Room,
@@ -2672,16 +3995,25 @@ class Operator extends Person implements Sink {
   ) {
     super(room);
     this.name = HOST;
-    this.reader = new Reader(room.log, this);
+    this.reader = new Reader(room, this);
     this.reader.follow();
   }
 
   /** Takes a line that the operator typed. */
   type(typed: string): void {
-    for (const line of linesOf(typed)) {
-      if (line.charCodeAt(0) === SLASH) {
-        runCommand(CONSOLE_COMMANDS, this, line);
-      } else this.room.say(this, encoder.encode(line + "\n"));
+    const lines = this.#splitter.push(encoder.encode(typed + "\n"));
+    for (let start = 0; start < lines.length;) {
+      const end = lines.indexOf(LF, start) + 1;
+      const from = lines[start] === PIECE ? start + 1 : start;
+      if (lines[start] === TOO_LONG) answerError(this, COMMAND_TOO_LONG);
+      else if (lines[start] !== SLASH && lines[start] !== SPACE) {
+        this.room.say(this, lines.subarray(from, end));
+      } else {
+        const line = decoder.decode(lines.subarray(start, end - 1));
+        const said = runCommand(CONSOLE_COMMANDS, this, line);
+        if (said !== null) this.room.say(this, said);
+      }
+      start = end;
     }
   }
 
@@ -2690,6 +4022,12 @@ class Operator extends Person implements Sink {
     return [...this.room.readers].map(({ sink }) => sink)
       .filter((sink) => sink instanceof Client)
       .filter(({ left }) => !left);
+  }
+
+  /** Those whose address is in a network. */
+  clientsIn(network: Network): Client[] {
+    const isIn = networkTest([network]);
+    return this.clients.filter(({ address }) => isIn(address));
   }
 
   write(bytes: Uint8Array): Promise<number> {
@@ -2712,76 +4050,121 @@ class Operator extends Person implements Sink {
   writeFailed(): void {}
 }
 
+/** The client of that name, on this server; if there is none, the operator is told
+ * so. */
+function findClient(operator: Operator, name: string): Client | undefined {
+  const person = findPerson(operator, name);
+  if (person === undefined || person instanceof Client) return person;
+  answerError(operator, `${person.name} is not connected to this server.`);
+}
+
 const CONSOLE_COMMANDS: Command<Operator>[] = [
-  {
-    name: "who",
-    help: "who is here, from where, for how long",
-    run(operator) {
-      const rows = operator.clients.map(({ name, origin, since }) => {
-        const minutes = Math.floor((performance.now() - since) / 60_000);
-        return `* ${name || "(no name)"} ${origin}, ${minutes} min\n`;
-      });
+  command(
+    "help h ?",
+    "[COMMAND]",
+    "lists the commands, or explains one",
+    (operator, text) => help(CONSOLE_COMMANDS, operator, text),
+  ),
+  command(
+    "who names list",
+    "",
+    "lists who is connected, from where, for how long",
+    (operator) => {
+      const rows = operator.clients.map(({ name, origin, since, away }) =>
+        `* ${name || "(no name yet)"} ${origin}, ${timeSince(since)}` +
+        (away === null ? "\n" : `, away${away && `: ${away}`}\n`)
+      );
       operator.tell(rows.join("") || "* Nobody is here.\n");
     },
-  },
-  {
-    name: "kick",
-    arguments: "NAME [REASON]",
-    help: "send somebody away",
-    run(operator, text) {
+  ),
+  ...SHARED_COMMANDS,
+  command(
+    "kick",
+    "NAME [REASON]",
+    "disconnects a person",
+    (operator, text) => {
       const [name, why] = firstWord(text);
-      const person = findPerson(operator, name);
-      if (person instanceof Client) person.disconnect("kicked", why);
+      const reason = why ? `kicked: ${why}` : "kicked";
+      findClient(operator, name)?.disconnect(`You were ${reason}.`, reason);
     },
-  },
-  {
-    name: "ban",
-    arguments: "NAME|ADDRESS [REASON]",
-    help: "send somebody away, and keep the address out",
-    run(operator, text) {
-      const [whom, why] = firstWord(text);
-      const person = operator.room.find(whom);
-      const address = person instanceof Client
-        ? person.address
-        : canonicalAddress(whom);
-      if (address === null) {
-        return answerError(
-          operator,
-          `Nobody here is called ${whom}, and it is no address.`,
-        );
-      }
-      operator.access.banned.add(address);
-      operator.tell(`* ${address} is banned.\n`);
-      for (const client of operator.clients) {
-        if (client.address === address) client.disconnect("banned", why);
-      }
+  ),
+  command(
+    "ban",
+    "NAME|NETWORK [REASON]",
+    "disconnects an address or a network, and refuses it from now on",
+    (operator, text) => {
+      const [whom, reason] = firstWord(text), typed = parseNetwork(whom);
+      const client = typed ? undefined : findClient(operator, whom);
+      const network = typed ?? parseNetwork(client?.address ?? "");
+      if (network === null) return;
+      ban(operator, { network: countedNetwork(network), client, reason });
     },
-  },
-  {
-    name: "unban",
-    arguments: "ADDRESS",
-    help: "let an address in again",
-    run(operator, text) {
-      const address = canonicalAddress(text) ?? text;
-      if (operator.access.banned.delete(address)) {
-        return operator.tell(`* ${address} is no longer banned.\n`);
+  ),
+  command(
+    "unban",
+    "NAME|NETWORK",
+    "admits a banned address or network again",
+    (operator, text) => {
+      const { access } = operator, typed = parseNetwork(text);
+      const network = typed && countedNetwork(typed).text;
+      const isMeant = (it: Ban) =>
+        it.network.text === network ||
+        (it.name !== "" && nameKey(it.name) === nameKey(text));
+      const lifted = access.bans.filter(isMeant);
+      access.bans = access.bans.filter((it) => !isMeant(it));
+      for (const { network } of lifted) {
+        operator.tell(`* ${network.text} is no longer banned.\n`);
       }
-      answerError(operator, `${text} is not banned. Type /banned for who is.`);
+      if (lifted.length > 0) return;
+      answerError(operator, `${text} is not banned. /banned lists who is.`);
     },
-  },
-  {
-    name: "banned",
-    help: "which addresses are banned",
-    run(operator) {
-      const rows = Array.from(
-        operator.access.banned,
-        (address) => `* ${address} is banned.\n`,
+  ),
+  command(
+    "banned",
+    "",
+    "lists who is banned, since when and why",
+    (operator) => {
+      const rows = operator.access.bans.map(({ network, name, reason, time }) =>
+        `* ${network.text}${name && ` (${name})`} is banned since ` +
+        `${dateText(time)} ${timeText(time).trim()}${reason && `: ${reason}`}\n`
       );
       operator.tell(rows.join("") || "* Nobody is banned.\n");
     },
-  },
-  { name: "quit", help: "stop the server", run: ({ stop }) => stop() },
+  ),
+  command("quit exit", "", "stops the server", ({ stop }) => stop()),
 ];
+
+/** Bans a network, and disconnects the clients there; not if it was named by a
+ * person and there are others. */
+function ban(
+  operator: Operator,
+  { network, client, reason }: {
+    network: Network;
+    client?: Client;
+    reason: string;
+  },
+): void {
+  const { access } = operator, there = operator.clientsIn(network);
+  const others = there.filter((it) => it !== client);
+  if (client && others.length > 0) {
+    const names = others.slice(0, LISTED_NAMES)
+      .map(({ name }) => name || "(no name yet)").join(", ");
+    return answerError(
+      operator,
+      `Not banned: ${names} would be banned too. ` +
+        `/ban ${network.text} bans them all, ` +
+        `/kick ${client.name} disconnects ${client.name} alone.`,
+    );
+  }
+  const name = client?.name ?? "", time = new Date();
+  access.bans = access.bans.filter((it) => it.network.text !== network.text)
+    .concat({ network, name, reason, time });
+  operator.tell(
+    `* ${network.text} is banned. /unban ${network.text} undoes this.\n`,
+  );
+  const why = reason ? `banned: ${reason}` : "banned";
+  for (const it of there) it.disconnect(`You were ${why}.`, why);
+}
 
 // ---------------------------------------------------------------------------
 // Command line: one table of options, read by parseOptions and printed by --help.
@@ -2790,10 +4173,12 @@ const CONSOLE_COMMANDS: Command<Operator>[] = [
 const DEFAULTS: Options = {
   host: "0.0.0.0",
   port: 8008,
+  reusePort: false,
   raw: false,
   askName: false,
   timestamps: false,
   history: 20,
+  motd: "",
   rate: 20,
   maxClients: 10_000,
   maxPerAddress: 0,
@@ -2810,8 +4195,6 @@ interface Flag {
   short?: string;
   /** The name of its value in the help; a flag without one is on or off. */
   value?: string;
-  /** The option that it sets; a flag without one is read by name. */
-  key?: keyof Options;
   /** The range of a number, both ends included. */
   range?: [from: number, to: number];
   /** Whether it can be given more than once. */
@@ -2819,58 +4202,57 @@ interface Flag {
   help: string;
 }
 
-// deno-fmt-ignore: a line each
+// deno-fmt-ignore: a flag a line
 const FLAGS: Flag[] = [
-  { name: "host", key: "host", value: "ADDRESS",
-    help: "address to listen on, :: for IPv4 and IPv6" },
-  { name: "port", short: "p", key: "port", value: "PORT", range: [0, 65_535],
-    help: "port to listen on, 0 picks a free one" },
-  { name: "raw", key: "raw",
-    help: "relay lines as they are: no names, no commands" },
-  { name: "ask-name", key: "askName",
-    help: "ask each newcomer for a name first" },
-  { name: "timestamps", key: "timestamps",
-    help: "put the time, 12:34, before each line said" },
-  { name: "history", key: "history", value: "LINES", range: [0, 10_000],
-    help: "said lines for a newcomer, 0 with --ask-name" },
-  { name: "rate", key: "rate", value: "LINES", range: [0, 1_000_000],
-    help: "lines a second for each client, 0 is no limit" },
-  { name: "max-clients", key: "maxClients", value: "N", range: [1, 1_000_000],
-    help: "how many may be here at once" },
-  { name: "max-per-address", key: "maxPerAddress", value: "N",
-    range: [0, 1_000_000], help: "the same for one address, 0 is no limit" },
-  { name: "allow", key: "allow", value: "CIDR", repeatable: true,
-    help: "admit only these, such as 10.0.0.0/8 (all)" },
-  { name: "password-file", key: "passwordFile", value: "FILE",
-    help: "ask for the password in it first (none)" },
-  { name: "tls-cert", key: "tlsCert", value: "FILE",
-    help: "speak TLS with this certificate chain (none)" },
-  { name: "tls-key", key: "tlsKey", value: "FILE",
-    help: "and this private key (none)" },
-  { name: "log", key: "log", value: "FILE",
-    help: "append what is said, take the history from it (none)" },
-  { name: "console",
-    help: "speak as host on standard input, and hear the room" },
-  { name: "quiet", key: "quiet", help: "do not print comings and goings" },
-  { name: "help", short: "h", help: "print this and leave" },
-  { name: "version", short: "V", help: "print the version and leave" },
+  { name: "host", value: "ADDRESS", help: "address to listen on, :: for IPv4 and IPv6" },
+  { name: "port", short: "p", value: "PORT", range: [0, 65_535], help: "port to listen on, 0 picks a free one" },
+  { name: "reuse-port", help: "share the port with other processes (Linux)" },
+  { name: "raw", help: "relay lines as they are: no names, no commands" },
+  { name: "ask-name", help: "ask each client for a name first" },
+  { name: "timestamps", help: "put the time, 12:34, before messages" },
+  { name: "history", value: "LINES", range: [0, 10_000], help: "messages for a new client, 0 with --ask-name" },
+  { name: "motd", value: "FILE", help: "show its lines after the welcome (none)" },
+  { name: "rate", value: "LINES", range: [0, 1_000_000], help: "lines a second for each client, 0 is no limit" },
+  { name: "max-clients", value: "N", range: [1, 1_000_000], help: "how many clients may be connected" },
+  { name: "max-per-address", value: "N", range: [0, 1_000_000], help: "the same for one address, 0 is no limit" },
+  { name: "allow", value: "CIDR", repeatable: true, help: "admit only these, such as 10.0.0.0/8 (all)" },
+  { name: "password-file", value: "FILE", help: "ask for the password in its first line (none)" },
+  { name: "tls-cert", value: "FILE", help: "use TLS with this certificate chain (none)" },
+  { name: "tls-key", value: "FILE", help: "and this private key (none)" },
+  { name: "log", value: "FILE", help: "append messages to it, read the history (none)" },
+  { name: "console", help: "take part as host on this terminal" },
+  { name: "quiet", help: "do not print who connects and leaves" },
+  { name: "web", value: "PORT", range: [0, 65_535], help: "serve a page for browsers on this port (none)" },
+  { name: "trust-proxy", value: "CIDR", repeatable: true, help: "believe X-Forwarded-For of these (none)" },
+  { name: "link", value: "URL", repeatable: true, help: "link with other servers over NATS (none)" },
+  { name: "link-as", value: "NAME", help: "name of this server there (random)" },
+  { name: "link-room", value: "NAME", help: "name of the shared room (parley)" },
+  { name: "link-creds", value: "FILE", help: "credentials for NATS (none)" },
+  { name: "help", short: "h", help: "print this and exit" },
+  { name: "version", short: "V", help: "print the version and exit" },
 ];
+
+/** The option that a flag sets: `maxClients` for `max-clients`. */
+function keyOf({ name }: Flag): string {
+  return name.replace(/-(\w)/g, (_, letter) => letter.toUpperCase());
+}
 
 /** The text of `--help`: at most 80 columns, with every default. */
 function helpText(): string {
   const { standalone } = Deno.build; // a binary from `deno compile`
   const program = standalone ? "parley" : "deno run --allow-net main.ts";
-  const rows = FLAGS.map(({ name, short, value, key, help }) => {
-    const flag = `${short ? `-${short}, ` : "    "}--${name} ${value ?? ""}`;
-    const standard = key && String(DEFAULTS[key]);
-    const what = value && standard ? `${help} (${standard})` : help;
-    return `  ${flag.padEnd(26)}${what}`;
+  const rows = FLAGS.map((flag) => {
+    const { name, short, value, help } = flag;
+    const left = `${short ? `-${short}, ` : "    "}--${name} ${value ?? ""}`;
+    const standard = String(DEFAULTS[keyOf(flag) as keyof Options] ?? "");
+    const right = value && standard ? `${help} (${standard})` : help;
+    return `  ${left.padEnd(26)}${right}`;
   });
   return `\
-Parley: a chat room for netcat.
+Parley: a chat room for nc, telnet and any other client.
 
 Usage: ${program} [OPTIONS]
-Join:  nc localhost ${DEFAULTS.port}    (then /help)
+Join:  nc localhost ${DEFAULTS.port}    (with TLS: ncat --ssl), then /help
 
 Options (with their defaults):
 ${rows.join("\n")}`;
@@ -2901,46 +4283,43 @@ export function parseOptions(args: string[]): CommandLine {
       const option = arg.replace(/=.*/s, "");
       const nearest = closestString(option, names.map(dashed));
       throw new UsageError(
-        `Unknown option ${option} (did you mean ${nearest}?)`,
+        `Unknown option ${singleLine(option)} (did you mean ${nearest}?)`,
       );
     },
   });
-  const [stray] = given._ as string[];
+  const [stray] = given._ as unknown[]; // a number if it looks like one
   if (stray !== undefined) {
+    const shown = singleLine(String(stray)) || '""';
     throw new UsageError(
-      `Unexpected argument ${
-        stray === "" ? '""' : stray
-      } (every option begins with --)`,
+      `Unexpected argument ${shown} (options are written --port 8008 or -p 8008)`,
     );
   }
 
-  const options: Partial<Record<keyof Options, unknown>> = {};
-  for (const { name, key, value, range, repeatable } of FLAGS) {
+  const values: Record<string, unknown> = {};
+  for (const flag of FLAGS) {
+    const { name, value, range, repeatable } = flag;
     const texts = [given[name] ?? []].flat();
     if (texts.length === 0) continue;
-    if (!value) {
-      if (texts.some((text) => text !== "")) {
-        throw new UsageError(`Option --${name} takes no value`);
-      }
-      if (key) options[key] = true;
-    } else if (texts.includes("")) {
+    if (!value && texts.some(Boolean)) {
+      throw new UsageError(`Option --${name} takes no value`);
+    }
+    if (value && texts.includes("")) {
       throw new UsageError(
         `Option --${name} needs a value: --${name} ${value}`,
       );
-    } else if (key) {
-      const values = texts.map((text) =>
-        range && /^\d+$/.test(text) ? Number(text) : text
-      );
-      options[key] = repeatable ? values : values.at(-1);
     }
+    const typed = texts.map((text) => {
+      if (!value) return true;
+      return range && /^\d+$/.test(text) ? Number(text) : text;
+    });
+    values[keyOf(flag)] = repeatable ? typed : typed.at(-1);
   }
+  checkValues(values);
+  const isOption = ([key]: [string, unknown]) => key in DEFAULTS;
+  const all = Object.entries(values);
+  const options = Object.fromEntries(all.filter(isOption));
   checkOptions(options);
-  return {
-    options: options as Partial<Options>,
-    console: given.console !== undefined,
-    help: given.help !== undefined,
-    version: given.version !== undefined,
-  };
+  return { ...Object.fromEntries(all.filter((it) => !isOption(it))), options };
 }
 
 /** Ties each value to its option where parseArgs would not: it takes `--rate -3`
@@ -2966,41 +4345,13 @@ function checkOptions(options: Partial<Record<keyof Options, unknown>>): void {
     if (standard === undefined) throw new UsageError(`Unknown option ${key}`);
     if (value === undefined || typeof standard === "number") continue;
     if (kind(value) !== kind(standard)) {
+      const given = singleLine(String(value));
       throw new UsageError(
-        `Cannot use ${value} for ${key}: give a ${kind(standard)}`,
+        `Cannot use ${given} for ${key}: give a ${kind(standard)}`,
       );
     }
   }
-  for (const { name, key, range } of FLAGS) {
-    const value = key && options[key];
-    if (value === undefined) continue;
-    const require = (usable: boolean, what: string, given = value) => {
-      if (usable) return;
-      throw new UsageError(`Cannot use ${given} for --${name}: give ${what}`);
-    };
-    if (range) {
-      const [from, to] = range;
-      const number = Number.isInteger(value) ? Number(value) : NaN;
-      require(
-        number >= from && number <= to,
-        `a whole number from ${from} to ${to}`,
-      );
-    } else if (name === "host") {
-      // Letters, digits and what else an address or a host name can hold.
-      require(
-        /^[\p{L}\p{N}.:%_-]+$/u.test(String(value)),
-        "an address, such as 127.0.0.1 or ::",
-      );
-    } else if (name === "allow") {
-      for (const network of value as string[]) {
-        require(
-          parseNetwork(network) !== null,
-          "a network, such as 192.168.0.0/16",
-          network,
-        );
-      }
-    }
-  }
+  checkValues(options);
   const { raw, askName, timestamps, tlsCert, tlsKey } = options;
   if (raw && (askName || timestamps)) {
     throw new UsageError(
@@ -3008,11 +4359,49 @@ function checkOptions(options: Partial<Record<keyof Options, unknown>>): void {
         "a raw room relays lines as they are",
     );
   }
+  if (options.reusePort && Deno.build.os !== "linux") {
+    throw new UsageError(
+      "Cannot use --reuse-port: only Linux distributes connections " +
+        "(give each process a --port of its own)",
+    );
+  }
   if (!tlsCert !== !tlsKey) {
     const [one, other] = tlsCert ? ["cert", "key"] : ["key", "cert"];
     throw new UsageError(
       `Cannot use --tls-${one} alone: give --tls-${other} FILE too`,
     );
+  }
+}
+
+/** Throws a {@linkcode UsageError} if a value is not what its flag takes. */
+function checkValues(values: Partial<Record<string, unknown>>): void {
+  for (const flag of FLAGS) {
+    const { name, value: kind, range } = flag, value = values[keyOf(flag)];
+    if (value === undefined) continue;
+    const expect = (usable: boolean, what: string, given = value) => {
+      if (usable) return;
+      const shown = singleLine(String(given));
+      throw new UsageError(`Cannot use ${shown} for --${name}: give ${what}`);
+    };
+    if (range) {
+      const [from, to] = range;
+      const number = Number.isInteger(value) ? Number(value) : NaN;
+      expect(
+        number >= from && number <= to,
+        `a whole number from ${from} to ${to}`,
+      );
+    } else if (name === "host") {
+      // Letters, digits and what else an address or a host name can hold.
+      expect(
+        /^[\p{L}\p{N}.:%_-]+$/u.test(String(value)),
+        "an address, such as 127.0.0.1 or ::",
+      );
+    } else if (kind === "CIDR") {
+      for (const network of value as string[]) {
+        const usable = parseNetwork(network) !== null;
+        expect(usable, "a network, such as 192.168.0.0/16", network);
+      }
+    }
   }
 }
 
@@ -3047,21 +4436,21 @@ async function main(args: string[]): Promise<void> {
   if (commandLine.version) return console.log(`parley ${config.version}`);
 
   const output = printer(Deno.stdout), errors = printer(Deno.stderr);
+  const print = (line: string) => output.print(line);
+  const warn = (line: string) => errors.print(`parley: ${line}`);
   let server: ChatServer;
   try {
-    server = ChatServer.listen(commandLine.options, {
-      print: (line) => output.print(line),
-      warn: (line) => errors.print(`parley: ${line}`),
-    });
+    server = ChatServer.listen(commandLine.options, { print, warn });
   } catch (error) {
     if (!(error instanceof OpenError)) throw error;
     return exitWith(error.message, 1);
   }
   const { hostname, port } = server.addr;
   const anywhere = hostname === "0.0.0.0" || hostname === "::";
-  output.print(
+  const join = commandLine.options.tlsCert ? "ncat --ssl" : "nc";
+  print(
     `Listening on ${formatAddress(hostname, port)}. ` +
-      `Join with: nc ${anywhere ? "localhost" : hostname} ${port}`,
+      `Join with: ${join} ${anywhere ? "localhost" : hostname} ${port}`,
   );
 
   // However the server is stopped, by a signal or the operator.
@@ -3069,23 +4458,78 @@ async function main(args: string[]): Promise<void> {
     await output.flush(EXIT_MILLISECONDS);
     Deno.exit(0);
   });
-  stopOn("SIGINT", 2, server);
-  if (Deno.build.os === "windows") stopOn("SIGBREAK", 21, server);
-  else stopOn("SIGTERM", 15, server);
-  if (commandLine.console) {
-    await server.operate(await typedLines(), (line) => output.print(line))
-      .catch((error) => errors.print(`parley: The console ends: ${error}`));
+  handleSignals(server, warn);
+  try {
+    await startAddOns(server, commandLine, { print, warn });
+  } catch (error) {
+    return exitWith(reason(error), 1);
+  }
+  if (!commandLine.console) return;
+  try {
+    await server.operate(await typedLines(), print);
+    if (server.stopping.aborted) return;
+    print("The console has no more input. The room goes on; Ctrl-C stops it.");
+  } catch (error) {
+    warn(`The console has no more input: ${reason(error)}`);
   }
 }
 
-/** Stops the server on a signal, and exits at once on the second one with the
- * status that shells give: 128 and the signal's number. */
-function stopOn(signal: Deno.Signal, number: number, server: ChatServer): void {
+/** Starts what is beside the chat server, where it is asked for: only then it is
+ * loaded. */
+async function startAddOns(
+  server: ChatServer,
+  commandLine: CommandLine,
+  reports: Required<Reports>,
+): Promise<void> {
+  const { options, web, trustProxy, link } = commandLine;
+  const { host, tlsCert, tlsKey, rate, raw } = { ...DEFAULTS, ...options };
+  if (web !== undefined) {
+    const { WebServer } = await import("./web/web.ts");
+    const page = await WebServer.listen(server, {
+      host,
+      port: web,
+      rate,
+      trustProxy,
+      ...tlsCert && { tlsCert: readFile(tlsCert), tlsKey: readFile(tlsKey) },
+    });
+    server.webPage = page.url;
+    reports.print(`Web page: ${page.url}`);
+  }
+  if (link !== undefined) {
+    const { linkRoom } = await import("./link/link.ts");
+    const { linkAs, linkRoom: room, linkCreds } = commandLine;
+    const creds = linkCreds && readFile(linkCreds);
+    const names = { as: linkAs, room, creds };
+    await linkRoom(server, { servers: link, raw, ...names, ...reports });
+  }
+}
+
+/** Stops the server on a signal. A second one exits at once, with the status that
+ * shells give: 128 and the signal's number. */
+function handleSignals(
+  server: ChatServer,
+  warn: (line: string) => void,
+): void {
   let stopping = false;
-  Deno.addSignalListener(signal, () => {
-    if (stopping) Deno.exit(128 + number);
-    stopping = true;
-    server.stop();
+  const stopOn = (signal: Deno.Signal, number: number) =>
+    Deno.addSignalListener(signal, () => {
+      if (stopping) Deno.exit(128 + number);
+      stopping = true;
+      server.stop();
+    });
+  stopOn("SIGINT", 2);
+  if (Deno.build.os === "windows") return stopOn("SIGBREAK", 21);
+  stopOn("SIGTERM", 15);
+  // A terminal that is closed stops the server. Without one (nohup, systemd) it is
+  // logrotate, which has renamed the log file.
+  const hasTerminal = Deno.stdin.isTerminal() || Deno.stdout.isTerminal();
+  if (hasTerminal) return stopOn("SIGHUP", 1);
+  Deno.addSignalListener("SIGHUP", () => {
+    try {
+      server.reopenLog();
+    } catch (error) {
+      warn(reason(error));
+    }
   });
 }
 

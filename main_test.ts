@@ -10,13 +10,21 @@ import config from "./deno.json" with { type: "json" };
 import { ChatServer, type Options, UsageError } from "./main.ts";
 import {
   admit,
+  AYT,
+  BINARY,
   certificate,
   connectTls,
+  DM,
   DO,
+  DONT,
+  EC,
+  EL,
   eventually,
+  fastClock,
   finished,
   flood,
   FORBIDDEN,
+  GOODBYE,
   Guest,
   hurry,
   IAC,
@@ -29,10 +37,10 @@ import {
   MAIN,
   makeCertificate,
   never,
+  NOP,
   numbered,
   open,
   OPENSSL,
-  PRIVATE_BYTES,
   Program,
   run,
   SB,
@@ -42,6 +50,7 @@ import {
   tlsClientOptions,
   tlsOptions,
   turn,
+  Visitor,
   WILL,
   WINDOW_LINES,
   within,
@@ -86,7 +95,13 @@ Deno.test("joins and leaves are printed with the number of clients", async () =>
   );
   assertMatch(
     printed[2],
-    /^Connection closed by 127\.0\.0\.1:\d+ \(bob, tired, 1 here\)$/,
+    /^Disconnected 127\.0\.0\.1:\d+ \(bob, tired, 1 here\)$/,
+  );
+  await alice.conn.closeWrite();
+  await alice.rest();
+  assertEquals(
+    printed[3],
+    `Connection closed by 127.0.0.1:${port} (guest1, 0 here)`,
   );
 });
 
@@ -163,12 +178,16 @@ Deno.test("a second signal exits at once", async () => {
 Deno.test("a newcomer is greeted, named and announced, and can talk at once", async () => {
   await using server = open();
   await using alice = await Guest.connect(server.port);
-  assertMatch((await alice.next())!, /^\* Welcome, guest1\..*\/help/);
-  assertEquals(await alice.next(), "* The room contains: nobody else yet");
+  assertEquals(
+    await alice.next(),
+    "* Welcome! You are guest1. Type a message and press Enter. " +
+      "/nick NAME sets your name, /help lists commands.",
+  );
+  assertEquals(await alice.next(), "* Nobody else is here yet.");
   await using bob = await Guest.connect(server.port);
   await bob.say("hello");
-  await bob.find(/^\* Welcome, guest2/);
-  assertEquals(await bob.next(), "* The room contains: guest1");
+  await bob.find(/^\* Welcome! You are guest2\. /);
+  assertEquals(await bob.next(), "* Here now: guest1 (1)");
   assertEquals(await alice.next(), "* guest2 has entered the room");
   assertEquals(await alice.next(), "[guest2] hello");
   await bob.conn.closeWrite();
@@ -186,21 +205,35 @@ Deno.test("the commands do what /help says", async (t) => {
     await alice.say("/help");
     for (
       const name of [
-        "help",
+        "help \\[COMMAND\\]",
         "nick NAME",
-        "who",
+        "who \\[NAME\\]",
         "me ACTION",
         "msg NAME TEXT",
         "reply TEXT",
-        "ignore NAME",
-        "quiet",
+        "ignore \\[NAME\\]",
+        "quiet \\[on\\|off\\]",
+        "bell \\[on\\|off\\]",
+        "away \\[REASON\\]",
+        "back",
         "quit \\[REASON\\]",
-        "/TEXT",
+        "/COMMAND",
       ]
     ) {
       assert((await alice.find(new RegExp(`^\\* /${name}  `))).length < 80);
     }
     await alice.settle();
+  });
+  await t.step("/help NAME tells about one of them", async () => {
+    await alice.say("/help msg", "/help /W", "/help dance");
+    for (let i = 0; i < 2; i++) {
+      assertEquals(
+        await alice.next(),
+        "* /msg NAME TEXT: sends a private message " +
+          "(also /tell, /whisper, /w, /pm)",
+      );
+    }
+    assertMatch((await alice.next())!, /^! There is no command \/dance\./);
   });
   await t.step("/nick tells everyone", async () => {
     await alice.say("/nick Alïce");
@@ -212,15 +245,17 @@ Deno.test("the commands do what /help says", async (t) => {
   });
   await t.step("/who lists everyone", async () => {
     await bob.say("/WHO");
-    assertEquals(await bob.next(), "* The room contains: bob, alice");
+    assertEquals(await bob.next(), "* Here now: bob, alice (2)");
   });
   await t.step("/me acts", async () => {
     await alice.say("/me waves");
     assertEquals(await bob.next(), "** alice waves");
   });
-  await t.step("//text says /text", async () => {
-    await alice.say("//etc/hosts");
-    assertEquals(await bob.next(), "[alice] /etc/hosts");
+  await t.step("//COMMAND says /COMMAND", async () => {
+    await alice.say("//who", "//msg bob hi", "//dance");
+    assertEquals(await bob.next(), "[alice] /who");
+    assertEquals(await bob.next(), "[alice] /msg bob hi");
+    assertEquals(await bob.next(), "[alice] /dance");
   });
   await t.step("/msg and /reply reach one person", async () => {
     await using carol = await Guest.join(server.port, "carol");
@@ -241,42 +276,57 @@ Deno.test("the commands do what /help says", async (t) => {
       await alice.find(/carol has left/);
       await bob.find(/carol has left/);
       await bob.say("/ignore alice");
-      assertMatch((await bob.next())!, /^\* You do not hear alice now\./);
+      assertEquals(
+        await bob.next(),
+        "* You no longer receive messages from alice. " +
+          "/ignore alice undoes this.",
+      );
+      await bob.say("/ignore");
+      assertEquals(await bob.next(), "* You ignore alice.");
       await alice.say("hidden", "/me hides", "/msg bob hidden too");
       await alice.find(/^\[you -> bob\] hidden too$/);
-      await alice.say("/nick noise", "/nick alice");
-      assertEquals(await bob.next(), "* alice is now known as noise");
-      assertEquals(await bob.next(), "* noise is now known as alice");
       await bob.say("/ignore alice");
-      assertEquals(await bob.next(), "* You hear alice again.");
+      assertEquals(
+        await bob.next(),
+        "* You receive messages from alice again.",
+      );
+      await bob.say("/ignore");
+      assertEquals(await bob.next(), "* You ignore nobody.");
       await alice.say("shown");
       assertEquals(await bob.next(), "[alice] shown");
     },
   );
-  await t.step("/quiet hides join and leave notices", async () => {
-    await bob.say("/quiet");
-    assertMatch(
-      (await bob.next())!,
-      /^\* You do not hear who enters and leaves now\./,
+  await t.step("/quiet hides join, leave and rename notices", async () => {
+    await bob.say("/quiet on");
+    assertEquals(
+      await bob.next(),
+      "* Join, leave and rename notices are hidden. /quiet off undoes this.",
     );
     const dave = await Guest.join(server.port, "dave");
     await dave[Symbol.asyncDispose]();
     await alice.find(/dave has left/);
-    assertMatch((await bob.next())!, /is now known as dave$/);
+    await bob.say("/quiet on"); // as it is
+    assertMatch((await bob.next())!, /notices are hidden/);
     await bob.say("/quiet");
-    assertEquals(await bob.next(), "* You hear who enters and leaves again.");
-    await using _erin = await Guest.join(server.port);
+    assertEquals(
+      await bob.next(),
+      "* Join, leave and rename notices are shown.",
+    );
+    await bob.say("/quiet", "/quiet off");
+    assertMatch((await bob.next())!, /notices are hidden/);
+    assertMatch((await bob.next())!, /notices are shown/);
+    await bob.say("/quiet sideways");
+    assertEquals(await bob.next(), "! Type /quiet on or /quiet off.");
+    await using _erin = await Guest.join(server.port, "erin");
     assertMatch((await bob.next())!, /has entered the room$/);
-    await alice.next();
+    assertMatch((await bob.next())!, /is now known as erin$/);
+    await alice.find(/known as erin/);
   });
   await t.step("/quit leaves with a reason", async () => {
     await alice.find(/has left the room$/);
     await bob.say("/quit so long");
     assertEquals(await alice.next(), "* bob has left the room (so long)");
-    await bob.rest();
-    await using carol = await Guest.join(server.port, "carol");
-    await carol.say("/quit Too slow"); // quoted, as the server did not say it
-    await alice.find(/^\* carol has left the room \("Too slow"\)$/);
+    assertEquals((await bob.rest()).at(-1), GOODBYE);
   });
 });
 
@@ -292,25 +342,24 @@ Deno.test("a command that cannot be carried out is answered to its sender alone"
     ["/nick server", /^! The name server is reserved\./],
     ["/nick two words", /^! A name is 1 to 24 letters/],
     ["/nick " + "x".repeat(25), /^! A name is 1 to 24 letters/],
-    ["/nick al\u3164ice", /^! A name is 1 to 24 letters/],
-    ["/nick h\u043est", /^! The name h\u043est is reserved/], // Cyrillic o
-    ["/nick \u029cost", /^! The name .ost is reserved/], // a small capital
-    ["/nick \u0397\u043est", /^! The name .+st is reserved/], // Greek Eta
-    ["/nick \u03a5\u039fU", /^! The name .+ is reserved/], // capital upsilon
-    ["/nick \u03a5\u03bf\u03c5", /^! The name .+ is reserved/],
-    ["/nick h\u0301ost", /^! The name .+ost is reserved/],
     ["/nick ]", /^! A name is 1 to 24 letters/],
-    ["/nick", /^! Type \/nick NAME\.$/],
+    ["/nick al@ice", /^! A name is 1 to 24 letters/],
+    ["/nick", /^! Type \/nick NAME \(/],
     ["/nick bob", /^! You are bob already\.$/],
-    ["/me", /^! Type \/me ACTION\.$/],
-    ["/msg", /^! Type \/msg NAME TEXT\.$/],
-    ["/msg alice", /^! Type \/msg NAME TEXT\.$/],
+    ["/me", /^! Type \/me ACTION \(/],
+    ["/msg", /^! Type \/msg NAME TEXT \(/],
+    ["/msg alice", /^! Type \/msg NAME TEXT \(/],
     ["/msg zoe hi", /^! Nobody here is called zoe\. .*\/who/],
-    ["/reply hi", /^! Nobody has spoken to you alone\./],
+    ["/msg host hi", /^! Nobody here is called host\./],
+    ["/reply", /^! Type \/reply TEXT \(/],
+    ["/reply hi", /^! You have no private message to answer\. .*\/msg/],
+    ["/who zoe", /^! Nobody here is called zoe\./],
     ["/ignore zoe", /^! Nobody here is called zoe\./],
-    ["/ignore bob", /^! That is you\./],
-    ["/dance now", /^! There is no command \/dance\. .*\/help/],
-    ["/ x", /^! There is no command \/\. /],
+    ["/ignore bob", /^! You cannot ignore yourself\.$/],
+    ["/back", /^! You are not away\.$/],
+    ["/bell loud", /^! Type \/bell on or \/bell off\.$/],
+    ["/dance now", /^! Unknown command \/dance\. .*\/help.* \/\/dance /],
+    ["/kick alice", /^! Unknown command \/kick\./],
   ];
   for (const [typed, answer] of answers) {
     await bob.say(typed);
@@ -318,6 +367,489 @@ Deno.test("a command that cannot be carried out is answered to its sender alone"
   }
   await bob.say("done");
   assertEquals(await alice.next(), "[bob] done");
+});
+
+Deno.test("a command has the aliases that people try", async (t) => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.find(/known as bob/);
+  const aliases: [typed: string, answer: RegExp][] = [
+    ["/h", /^\* TEXT /],
+    ["/?", /^\* TEXT /],
+    ["/HELP", /^\* TEXT /],
+    ["/name carol", /^\* alice is now known as carol$/],
+    ["/nick alice", /^\* carol is now known as alice$/],
+    ["/names", /^\* Here now: bob, alice \(2\)$/],
+    ["/list", /^\* Here now: /],
+    ["/who", /^\* Here now: /],
+    ["/tell bob hi", /^\[you -> bob\] hi$/],
+    ["/whisper bob hi", /^\[you -> bob\] hi$/],
+    ["/w bob hi", /^\[you -> bob\] hi$/],
+    ["/pm bob hi", /^\[you -> bob\] hi$/],
+    ["/Msg bob hi", /^\[you -> bob\] hi$/],
+  ];
+  for (const [typed, answer] of aliases) {
+    await t.step(typed, async () => {
+      await alice.say(typed);
+      assertMatch((await alice.next())!, answer);
+      await alice.settle();
+    });
+  }
+  await t.step("/r", async () => {
+    await bob.say("/msg alice hi", "/quiet");
+    await alice.find(/^\[bob -> you\] hi$/);
+    await alice.say("/r hello");
+    assertEquals(await alice.next(), "[you -> bob] hello");
+    await bob.find(/^\[alice -> you\] hello$/);
+  });
+});
+
+Deno.test("an unknown command is answered with the nearest known one, and not said", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port);
+  await using bob = await Guest.join(server.port);
+  const nearest: [typed: string, meant: string][] = [
+    ["/nik zoe", "nick"],
+    ["/nikc zoe", "nick"],
+    ["/mgs guest1 secret", "msg"],
+    ["/MESG guest1 secret", "msg"],
+    ["/hlep", "help"],
+    ["/qiut", "quit"],
+    ["/ingore guest1", "ignore"],
+    ["/repyl secret", "reply"],
+    ["/awya", "away"],
+    ["/em waves", "me"],
+    ["/wo", "who"],
+    ["/queit", "quiet"],
+  ];
+  for (const [typed, meant] of nearest) {
+    await bob.say(typed);
+    const [, name] = /^\/(\w+)/.exec(typed.toLowerCase())!;
+    assertEquals(
+      await bob.next(),
+      `! Unknown command /${name}. Did you mean /${meant}? ` +
+        `/help lists commands, //${name} sends it as a message.`,
+    );
+  }
+  await bob.say(`/${"x".repeat(4_000)}`, "done");
+  assert((await bob.next())!.length < 200);
+  await alice.find(/guest2 has entered/);
+  assertEquals(await alice.next(), "[guest2] done");
+});
+
+Deno.test("a name may have what people write around it", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  for (const name of ["bob,", "@bob", "@bob,", "BOB", "Ｂｏｂ"]) {
+    await alice.say(`/msg ${name} hi`);
+    assertEquals(await bob.next(), "[alice -> you] hi", name);
+    await alice.find(/^\[you -> bob\] hi$/);
+    await alice.say(`/who ${name}`);
+    assertMatch((await alice.next())!, /^\* bob has been here for 0 minutes/);
+    await alice.say(`/ignore ${name}`);
+    assertMatch((await alice.next())!, /messages from bob/);
+  }
+});
+
+Deno.test("/who NAME tells for how long a person is connected and idle, and why away", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.find(/known as bob/);
+  await alice.say("/who bob");
+  assertEquals(
+    await alice.next(),
+    "* bob has been here for 0 minutes, idle for 0 minutes.",
+  );
+  await bob.say("/away lunch");
+  await bob.find(/away/);
+  const { now } = performance;
+  try {
+    performance.now = () => now.call(performance) + 5 * 60_000;
+    await bob.say("/bell off"); // no longer idle
+    await bob.find(/rings/);
+    performance.now = () => now.call(performance) + 6 * 60_000;
+    await alice.say("/who bob");
+    assertEquals(
+      await alice.next(),
+      "* bob has been here for 6 minutes, idle for 1 minute.",
+    );
+    assertEquals(await alice.next(), "* bob is away: lunch");
+  } finally {
+    performance.now = now;
+  }
+});
+
+Deno.test("/away is shown by /who and to senders of private messages, until /back", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.find(/known as bob/);
+  await bob.say("/away lunch until two");
+  assertEquals(
+    await bob.next(),
+    "* You are away: lunch until two. /back ends this.",
+  );
+  await alice.say("/who", "/msg bob hi");
+  assertEquals(await alice.next(), "* Here now: alice, bob (away) (2)");
+  assertEquals(await alice.next(), "[you -> bob] hi");
+  assertEquals(await alice.next(), "* bob is away: lunch until two");
+  await bob.say("/reply hello");
+  await alice.find(/^\[bob -> you\] hello$/);
+  await alice.say("/reply enjoy it");
+  await alice.find(/^\* bob is away: lunch until two$/);
+  await using carol = await Guest.connect(server.port);
+  await carol.find(/^\* Here now: alice, bob \(away\) \(2\)$/);
+  await bob.say("/away");
+  await bob.find(/^\* You are away\. /);
+  await bob.say("/back");
+  await bob.find(/^\* You are back\.$/);
+  await alice.find(/guest3 has entered/);
+  await alice.say("/msg bob hi", "/who");
+  assertEquals(await alice.next(), "[you -> bob] hi");
+  assertEquals(await alice.next(), "* Here now: alice, bob, guest3 (3)");
+});
+
+Deno.test("/bell rings when somebody is named or gets a private message", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.find(/known as bob/);
+  /** Whether alice's terminal rings when bob sends a line. */
+  const rings = async (line: string, marker = "") => {
+    await bob.say(line, `//marker${marker}`);
+    let received = "";
+    for (let part; !(part = (await alice.next())!).endsWith("] /marker");) {
+      received += part;
+    }
+    return received.includes("\x07");
+  };
+  const naming = [
+    "hi alice",
+    "ALICE: look",
+    "@alice, hi",
+    "alice",
+    "/me hugs alice",
+  ];
+  for (const line of [...naming, "/msg alice hi"]) {
+    assertEquals(await rings(line), false, line); // it is off by default
+  }
+  await alice.say("/bell on");
+  assertEquals(
+    await alice.next(),
+    "* Your terminal rings when you are named or get a private message. " +
+      "/bell off undoes this.",
+  );
+  for (const line of [...naming, "/msg alice hi"]) {
+    assertEquals(await rings(line), true, line);
+  }
+  for (const line of ["hello", "malice", "alices", "/msg bob alice"]) {
+    assertEquals(await rings(line), false, line);
+  }
+  await alice.say("/ignore bob");
+  await alice.find(/no longer receive/);
+  await bob.say("hi alice", "/msg alice hi");
+  await using carol = await Guest.join(server.port, "carol");
+  await carol.say("//marker");
+  let received = "";
+  for (let part; !(part = (await alice.next())!).endsWith("] /marker");) {
+    received += part;
+  }
+  assertEquals(received.includes("\x07"), false);
+  await alice.say("/bell off");
+  assertEquals(await alice.next(), "* Your terminal no longer rings.");
+});
+
+Deno.test("another name does not get around /ignore", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port, "alice");
+  await using eve = await Guest.join(server.port, "eve");
+  await alice.find(/known as eve/);
+  await alice.say("/ignore eve");
+  await alice.find(/no longer receive/);
+  await eve.say("/nick buy_my_book", "hello", "/me waves", "/msg alice hi");
+  await eve.find(/you -> alice/);
+  await alice.say("/ignore");
+  assertEquals(await alice.next(), "* You ignore buy_my_book.");
+  await alice.say("/ignore buy_my_book");
+  assertEquals(
+    await alice.next(),
+    "* You receive messages from buy_my_book again.",
+  );
+});
+
+Deno.test("names that show something else than they are cannot be taken", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  const refused = [
+    // letters of other scripts that look like the server's own words
+    ..."SΕRVΕR,HOՏT,ΗΟЅΤ,hоst,HОST,ʜost,h0st,hosτ,уou,YΟU,ΥΟU,υου,seгver,SEᎡVER"
+      .split(","),
+    ..."ꓧꓳꓢꓔ,hoѕt,hosт,h\u0301ost,HOST,Ｈｏｓｔ,𝐡𝐨𝐬𝐭,ⓗⓞⓢⓣ".split(","),
+    "ali\u0307", // a dot on an i that has one
+    "\u{13441}", // blank hieroglyphs
+    "bob\u{13441}",
+    "\u{16fe4}", // a filler of Khitan
+    "bob\u{16fe4}",
+    "bob\u3164", // Hangul fillers
+    "bob\uffa0",
+    "bob\u115f",
+    "bob\u200b",
+    "bob\u200d",
+    "bob\xad",
+    "bob\u034f",
+    "bob\ufe0f",
+    "bob\u180b",
+    "bob\u2060",
+    "bob\u{e0041}", // a tag
+    "bob\u0600", // a format character
+    "bob\u0378", // unassigned
+    "bob\u{e0100}",
+    "bob\u2800",
+    "bob\ue000", // private
+    "b\u0301\u0302\u0303\u0304ob", // more than a few marks on a letter
+    "b" + "\u0301".repeat(20),
+    "\u0301bob", // a mark on nothing
+  ];
+  for (const name of refused) {
+    await alice.say(`/nick ${name}`);
+    assertMatch((await alice.next())!, /^! /, escape(name));
+  }
+  for (const name of ["Zoë", "Nguyễn", "नमस्ते", "Αλέξης", "Володя", "서연"]) {
+    await alice.say(`/nick ${name}`);
+    assertMatch((await alice.next())!, / is now known as /, name);
+  }
+});
+
+Deno.test("names of thousands of marks take no time", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  const marks = "a" + "\u0315\u0300".repeat(1_000), each = 10;
+  for (const command of ["nick", "ignore", "who", "msg"]) {
+    let least = Infinity;
+    for (let round = 0; round < 5; round++) {
+      const started = performance.now();
+      await alice.say(...Array(each).fill(`/${command} ${marks} hi`));
+      for (let i = 0; i < each; i++) assertMatch((await alice.next())!, /^! /);
+      least = Math.min(least, (performance.now() - started) / each);
+    }
+    assert(least < 4, `/${command} took ${least} ms`); // normalized: 12
+  }
+});
+
+Deno.test("a typed reason is not taken for one that the server gives", async () => {
+  const reasons = [
+    "Too slow",
+    "too slow",
+    "TOO SLOW",
+    "too\u200bslow",
+    "too\u200b slow",
+    "too\xa0slow",
+    "too  slow",
+    "t\u00adoo slow",
+    "ｔｏｏ ｓｌｏｗ",
+    "too\u3164slow",
+    " too slow",
+    "kicked",
+    "kicked: by host",
+    "k\u200bicked",
+    "banned",
+    "ban\u2060ned: spam",
+    "no password",
+    "no name",
+    "no TLS",
+    "TLS, which is off",
+    "a web request",
+    "an SSH client",
+  ];
+  for (const reason of reasons) {
+    await using room = open();
+    await using watcher = await Guest.join(room.port);
+    await using guest = await Guest.join(room.port);
+    await guest.say(`/away ${reason}`, `/quit ${reason}`);
+    assertMatch((await guest.next())!, /^\* You are away: "/, escape(reason));
+    const notice = await watcher.find(/has left/);
+    assertMatch(notice, /^\* guest2 has left the room \("/, escape(reason));
+  }
+});
+
+Deno.test("a reason that shows nothing is none", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port);
+  await using bob = await Guest.join(server.port);
+  await bob.say("/away \u200b", "/quit \u3164");
+  assertEquals(await bob.next(), "* You are away. /back ends this.");
+  await alice.find(/entered/);
+  assertEquals(await alice.next(), "* guest2 has left the room");
+});
+
+Deno.test("--motd FILE is shown after the welcome", async () => {
+  using file = new TemporaryFile("Rules:\n\n\t1. Be \x1b[31mkind.\n\n");
+  await using server = open({ motd: file.path, history: 20 });
+  await using alice = await Guest.connect(server.port);
+  assertMatch((await alice.next())!, /^\* Welcome!/);
+  assertEquals(await alice.next(), "* Rules:");
+  assertEquals(await alice.next(), "* ");
+  assertEquals(await alice.next(), "*         1. Be kind.");
+  assertEquals(await alice.next(), "* Nobody else is here yet.");
+});
+
+Deno.test("a greeting of any length keeps nobody out", async () => {
+  using file = new TemporaryFile("x".repeat(79).concat("\n").repeat(2_000));
+  await using server = open({ motd: file.path, history: 20 });
+  await using alice = await Guest.join(server.port);
+  await alice.say("hello");
+  await alice.settle();
+  await using bob = await Guest.join(server.port);
+  assertEquals(await bob.next(), "* Earlier:");
+  assertEquals(await bob.next(), "[guest1] hello");
+  await bob.receivesNothing();
+});
+
+Deno.test("with --timestamps earlier lines of another day bear its date", async () => {
+  const DAY = 86_400_000, now = Date.now();
+  const stamp = (age: number) => new Date(now - age).toISOString();
+  using file = new TemporaryFile(
+    `${stamp(3 * DAY)} [old] three days ago\n` +
+      `${stamp(DAY)} [old] yesterday\n${stamp(0)} ** old was here\n`,
+  );
+  const date = (age: number) => {
+    const time = new Date(now - age);
+    const two = (number: number) => String(number).padStart(2, "0");
+    return `${time.getFullYear()}-${two(time.getMonth() + 1)}-` +
+      `${two(time.getDate())} ${two(time.getHours())}:${
+        two(time.getMinutes())
+      }`;
+  };
+  await using server = open({ log: file.path, history: 9, timestamps: true });
+  await using alice = await Guest.join(server.port);
+  await alice.say("hello");
+  await using bob = await Guest.join(server.port);
+  for (const guest of [alice, bob]) {
+    assertEquals(await guest.next(), "* Earlier:");
+    assertEquals(await guest.next(), `${date(3 * DAY)} [old] three days ago`);
+    assertEquals(await guest.next(), `${date(DAY)} [old] yesterday`);
+    assertMatch((await guest.next())!, /^\d\d:\d\d \*\* old was here$/);
+  }
+  assertMatch((await bob.next())!, /^\d\d:\d\d \[guest1\] hello$/);
+  // A day later the lines of today are of another day too.
+  const { now: realNow } = Date;
+  try {
+    Date.now = () => realNow() + DAY;
+    await using carol = await Guest.join(server.port);
+    await carol.find(/yesterday$/);
+    assertEquals(await carol.next(), `${date(0)} ** old was here`);
+    assertMatch(
+      (await carol.next())!,
+      /^\d{4}-\d\d-\d\d \d\d:\d\d \[guest1\] hello$/,
+    );
+  } finally {
+    Date.now = realNow;
+  }
+});
+
+Deno.test("/who names everyone, in lines of at most 4,096 bytes", async () => {
+  await using server = open({ rate: 0 });
+  const people = 500;
+  for (let i = 0; i < people; i++) {
+    const visitor = Visitor.admit(server, "192.0.2.1");
+    visitor.say(`/nick ${`日本語の名前${"x".repeat(12)}`}${i}`);
+  }
+  await using alice = await Guest.join(server.port, "alice");
+  await eventually(async () => {
+    await alice.say("/who");
+    const names: string[] = [];
+    for (let line = "";;) {
+      line = await alice.find(/^\* Here now: /);
+      assert(encoder.encode(line).length < LINE_BYTES, "the line is too long");
+      const [, list, , count] = /^\* Here now: (.*?),?( \((\d+)\))?$/.exec(
+        line,
+      )!;
+      names.push(...list.split(", "));
+      if (count === undefined) continue;
+      assertEquals(Number(count), people + 1);
+      break;
+    }
+    assertEquals(names.length, people + 1);
+    assertEquals(new Set(names).size, people + 1);
+    return names.filter((name) => name.startsWith("日本")).length === people;
+  }, "everyone has the name");
+});
+
+Deno.test("a client that takes a long list of people slowly stays", async () => {
+  await using server = open({ rate: 0 });
+  for (let i = 0; i < 800; i++) { // names of 84 bytes or more
+    const visitor = Visitor.admit(server, "192.0.2.1");
+    visitor.say(`/nick ${"𐐷".repeat(20)}${i}`);
+  }
+  await using alice = await Guest.join(server.port, "alice");
+  let type: (line: string) => void = () => {};
+  let take: (() => void) | null = null, received = "";
+  const { closed } = admit(server, {
+    read: (buffer) =>
+      new Promise((resolve) =>
+        type = (line) => {
+          buffer.set(encoder.encode(line));
+          resolve(line.length);
+        }
+      ),
+    write: (bytes) =>
+      new Promise((resolve) =>
+        take = () => {
+          take = null;
+          received += new TextDecoder().decode(bytes);
+          resolve(bytes.length);
+        }
+      ),
+  });
+  let isClosed = false;
+  closed.then(() => isClosed = true);
+  await eventually(() => take !== null, "the greeting"); // which waits
+  type("/nick bob\n");
+  await eventually(async () => {
+    await alice.say("/who bob");
+    return (await alice.find(/^\* bob has|^! Nobody/)).startsWith("* bob");
+  }, "bob has his name");
+  type("/who\n");
+  await turn();
+  await turn();
+  await alice.say("/msg bob one", "/msg bob two", "/msg bob three");
+  await alice.settle();
+  await eventually(() => {
+    take?.();
+    return isClosed || received.endsWith("three\n");
+  }, "all lines");
+  assertEquals(isClosed, false);
+  assertMatch(received, /\(802\)\n\[alice -> you\] one\n/);
+});
+
+Deno.test("--ask-name names everyone, and says lines that begin with a slash", async () => {
+  await using server = open({ askName: true, rate: 0 });
+  for (let i = 0; i < 30; i++) {
+    const visitor = Visitor.admit(server, "192.0.2.1");
+    visitor.say(`visitor${i}`);
+    await visitor.find(/room contains/);
+  }
+  await using alice = await Guest.connect(server.port);
+  await alice.say("alice");
+  await alice.next();
+  assertEquals(
+    await alice.next(),
+    `* The room contains: ${numbered(30, "visitor").join(", ")}`,
+  );
+  await using bob = await Guest.connect(server.port);
+  await bob.say("bob");
+  await bob.next();
+  await bob.next();
+  const lines = ["/who", "/quit", "/msg bob hi", "//who", "/x", "// y", "/"];
+  await alice.say(...lines);
+  for (const line of lines) assertEquals(await bob.next(), `[alice] ${line}`);
+  const long = "/msg bob " + "x".repeat(LINE_BYTES - 9);
+  await alice.say(`${long}/quit`);
+  assertEquals(await bob.next(), `[alice] ${long}`);
+  assertEquals(await bob.next(), "[alice] /quit");
 });
 
 Deno.test("names are compared without case and in their composed form", async () => {
@@ -337,7 +869,7 @@ Deno.test("names are compared without case and in their composed form", async ()
   for (let i = 3; i <= 6; i++) {
     await using guest = await Guest.connect(server.port);
     const name = i < 5 ? `guest${i}` : `guest${i + 1}`; // guest5 is taken
-    assertMatch((await guest.next())!, new RegExp(`^\\* Welcome, ${name}\\.`));
+    assertMatch((await guest.next())!, new RegExp(`You are ${name}\\. `));
   }
 });
 
@@ -348,6 +880,7 @@ Deno.test("a newcomer receives the last public lines", async () => {
   await alice.say("one", "two", "/msg bob secret", "/me three", "/who", "four");
   await bob.find(/four$/);
   await using carol = await Guest.join(server.port);
+  assertEquals(await carol.next(), "* Earlier:");
   assertEquals(await carol.next(), "[alice] two");
   assertEquals(await carol.next(), "** alice three");
   assertEquals(await carol.next(), "[alice] four");
@@ -377,34 +910,29 @@ Deno.test("--timestamps puts the time of day before each message", async () => {
   assertMatch((await bob.next())!, /^([01]\d|2[0-3]):[0-5]\d \[alice\] hello$/);
   assertMatch((await bob.next())!, /^\d\d:\d\d \*\* alice waves$/);
   await using carol = await Guest.join(server.port);
+  assertEquals(await carol.next(), "* Earlier:");
   assertMatch((await carol.next())!, /^\d\d:\d\d \*\* alice waves$/);
 });
 
-Deno.test("the list of who is here shows twenty names and counts the others", async () => {
+Deno.test("a newcomer is shown twenty names, and how many there are", async () => {
   await using server = open();
-  const crowd = await Promise.all(
-    Array.from({ length: 23 }, () => Guest.join(server.port)),
+  admitCrowd(server, 23);
+  await using alice = await Guest.connect(server.port);
+  const line = await alice.find(
+    /^\* Here now: guest1, .*, guest20, and 3 more \(23\)$/,
   );
-  await crowd[0].say("/who");
-  const line = await crowd[0].find(
-    /^\* The room contains: guest1, .*guest20 and 3 more$/,
-  );
-  assertEquals(line.split(", ").length, 20);
-  for (const guest of crowd) await guest[Symbol.asyncDispose]();
+  assertEquals(line.split(", ").length, 21);
 });
 
-Deno.test("a crowd is told of joins and leaves in one line a second", async () => {
+Deno.test("after ten joins and leaves they are told in one line a second", async () => {
   using _hurry = hurry(1_000);
   await using server = open();
-  const crowd = [await Guest.join(server.port)];
-  for (let i = 0; i < 59; i++) crowd.push(await Guest.join(server.port));
-  assertEquals(
-    await crowd[0].find(/people/),
-    "* 10 people have entered the room",
-  );
-  await crowd.pop()![Symbol.asyncDispose]();
-  assertEquals(await crowd[0].next(), "* guest60 has left the room");
-  for (const guest of crowd) await guest[Symbol.asyncDispose]();
+  await using alice = await Guest.join(server.port);
+  admitCrowd(server, 59); // her own was the first notice
+  for (let guest = 2; guest <= 10; guest++) {
+    assertEquals(await alice.next(), `* guest${guest} has entered the room`);
+  }
+  assertEquals(await alice.next(), "* 50 people have entered the room");
 });
 
 /** Admits clients in memory, of which the first `stalled` never take a write. */
@@ -455,7 +983,7 @@ Deno.test("a thousand people can be ignored, and no more", async () => {
   await using alice = await Guest.join(server.port, "alice");
   const ignores = numbered(1_002, "/ignore guest").slice(1); // from guest1 on
   await alice.say(...ignores);
-  await alice.find(/^! You ignore 1000 people, which is the most\.$/);
+  await alice.find(/^! You already ignore 1000 people\.$/);
 });
 
 Deno.test("thousands of /me lines arrive whole and in order", async () => {
@@ -488,33 +1016,38 @@ Deno.test("--ask-name is Protohackers' Budget Chat", async () => {
   assertEquals(await alice.next(), "* The room contains: ");
   await using bob = await Guest.connect(server.port);
   await bob.next();
-  await alice.say("bob has not come in yet");
+  await alice.say("bob has no name yet");
   const nobody = await Guest.connect(server.port);
   await nobody.next();
   await nobody[Symbol.asyncDispose](); // without a notice, as it has no name
   await bob.say("bob");
   assertEquals(await bob.next(), "* The room contains: alice");
-  assertEquals(await bob.next(), "[alice] bob has not come in yet"); // history
+  assertEquals(await bob.next(), "[alice] bob has no name yet"); // history
   assertEquals(await alice.next(), "* bob has entered the room");
   await bob.say("hi alice");
   assertEquals(await alice.next(), "[bob] hi alice");
   await bob.conn.closeWrite();
   assertEquals(await alice.next(), "* bob has left the room");
-  for (const name of ["alice", "no spaces", "host", "x".repeat(25)]) {
+  for (
+    const name of ["", "alice", "no spaces", "host", "x".repeat(25), "/quit"]
+  ) {
     await using guest = await Guest.connect(server.port);
     await guest.next();
     await guest.say(name);
     assertMatch((await guest.next())!, /^! /);
-    assertEquals(await guest.next(), null);
+    assertEquals(await guest.next(), null); // without a goodbye
   }
-  await alice.receivesNothing();
+  await bob.rest();
+  await using last = await Guest.connect(server.port);
+  await last.say("last");
+  assertEquals(await alice.next(), "* last has entered the room");
 });
 
 // -- framing and cleaning
 
 /** A stream with everything that ends, splits or interrupts a line. */
 const STREAM = [
-  ...encoder.encode("plain\ncr lf\r\ncr nul\r\0"),
+  ...encoder.encode("plain\ncr lf\r\ncr nul\r\0cr\rcr cr lf\r\r\n"),
   ...[IAC, DO, 10, IAC, WILL, 31],
   ...encoder.encode("naïve 🌍"),
   ...[IAC, SB, 31, 0, 10, 0, IAC, IAC, 10, IAC, SE],
@@ -527,9 +1060,11 @@ const STREAM_LINES = [
   "plain",
   "cr lf",
   "cr nul",
+  "cr",
+  "cr cr lf",
   "naïve 🌍 tail",
   "\ufffd",
-  "a\ufffdb",
+  "ab",
   "last words",
 ];
 
@@ -558,9 +1093,12 @@ Deno.test("a telnet option is refused", async () => {
   // What telnet sends for Ctrl-C; it prints nothing before the answer (RFC 860).
   const TIMING_MARK = 6;
   await conn.write(Uint8Array.of(IAC, IP, IAC, DO, TIMING_MARK));
-  const buffer = new Uint8Array(10);
-  assertEquals(await within(conn.read(buffer), "the answer"), 3);
-  assertEquals([...buffer.slice(0, 3)], [IAC, WONT, TIMING_MARK]);
+  const buffer = new Uint8Array(20);
+  const count = await within(conn.read(buffer), "the answer");
+  assertEquals(
+    [...buffer.slice(0, count!)],
+    [IAC, DO, BINARY, IAC, WONT, TIMING_MARK],
+  );
 });
 
 Deno.test("characters that could disturb a terminal are removed from a line", async () => {
@@ -574,12 +1112,10 @@ Deno.test("characters that could disturb a terminal are removed from a line", as
     ["\x1bP1$r0m\x1b\\dcs", "dcs"],
     ["\x9b2Jc1", "c1"],
     ["\x1b#8double", "double"],
-    ["\x1b]0;never ended", "0;never ended"],
-    ["bell\x07 back\b\b del\x7f", "bell back del"],
+    ["\x1b]0;never ended", "]0;never ended"],
+    ["bell\x07", "bell"],
     ["a\u2028b\u2029c\u0085d", "abcd"],
     ["\u202eevil\u2066x\u202c", "evilx"],
-    ["tab\tstays", "tab\tstays"],
-    ["cr\r[bob] forged", "cr[bob] forged"],
     ["\ufeff/me has a mark", ""],
     ["👩‍👩‍👧 مرحبا", "👩‍👩‍👧 مرحبا"],
   ];
@@ -592,6 +1128,455 @@ Deno.test("characters that could disturb a terminal are removed from a line", as
   }
   await alice.say("\x07\x1b[0m", "", "end");
   assertEquals(await bob.next(), "[alice] end");
+});
+
+Deno.test("keys of a terminal leave nothing in a line", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  // deno-fmt-ignore: a kind of terminal a line
+  const keys = [
+    "\x1bOP", "\x1bOQ", "\x1b[15~", "\x1b[24~", "\x1b[1;2P", "\x1b[Z", // xterm
+    "\x1b[A", "\x1bOA", "\x1b[1;5C", "\x1b[H", "\x1bOH", "\x1b[3~", "\x1bOM",
+    "\x1b[[A", "\x1b[[E", "\x1b[1~", // the Linux console
+    "\x1b[23^", "\x1b[8@", "\x1b[a", "\x1bOa", // rxvt
+    "\x1bO2P", "\x1bO5C", // older xterm and Konsole
+    "\x8fP", "\x9b15~", "\x1bNx", // C1, SS2
+    "\x1b[200~", "\x1b[201~", "\x1b[I", "\x1b[<0;10;20M", // modes
+    "\x1b", "\x1b\x1b[A", "\x07", "\x01", "\t\b",
+  ];
+  for (const key of keys) {
+    for (const [before, after] of [["hello", ""], ["", "hello"]]) {
+      await alice.say(before + key + after);
+      assertEquals(await bob.next(), "[alice] hello", JSON.stringify(key));
+    }
+  }
+  await alice.say("\x1bhi", "a\x1b b", "\x1b[200~pasted\x1b[201~");
+  assertEquals(await bob.next(), "[alice] hi");
+  assertEquals(await bob.next(), "[alice] a b");
+  assertEquals(await bob.next(), "[alice] pasted");
+});
+
+Deno.test("Backspace, DEL and Ctrl-U erase what was typed", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  const lines: [typed: string, received: string][] = [
+    ["helo\blo", "hello"],
+    ["helo\x7flo", "hello"],
+    ["\b\x7fhello", "hello"],
+    ["hellooo\b\x7f", "hello"],
+    ["hé\bello", "hello"],
+    ["h日\bello", "hello"],
+    ["h🌍\x7fello", "hello"],
+    ["he\u0301\bello", "hello"], // a letter and its accent
+    ["wrong\x15hello", "hello"],
+    ["wrong\x15\x15hello\x1b[A", "hello"],
+    ["/quit\b\b\b\b\bhello", "hello"],
+    ["wrong\b\b\b\b\b\b\bhello", "hello"],
+  ];
+  for (const [typed, received] of lines) {
+    await alice.say(typed);
+    assertEquals(await bob.next(), `[alice] ${received}`, typed);
+  }
+  await alice.say("x\b\b", "hi", "\x15", "x\x7f/msg bob secret");
+  assertEquals(await bob.next(), "[alice] hi");
+  assertEquals(await bob.next(), "[alice -> you] secret");
+});
+
+Deno.test("a client in raw mode sends CR for Enter", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.send("hello\r");
+  assertEquals(await bob.next(), "[alice] hello"); // without anything after it
+  await alice.send("cr[bob] forged\r[bob] forged\r");
+  assertEquals(await bob.next(), "[alice] cr[bob] forged");
+  assertEquals(await bob.next(), "[alice] [bob] forged");
+  await alice.send("/me waves\r");
+  assertEquals(await bob.next(), "** alice waves");
+  await alice.send("\n\0\rlast\r");
+  assertEquals(await bob.next(), "[alice] last");
+});
+
+Deno.test("a stray byte 255, or an urgent byte taken from the stream, changes nothing else", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  const inputs: [typed: (string | number)[], received: string[]][] = [
+    [["one", IAC, "\ntwo\n"], ["one", "two"]],
+    [["one", IAC, "\r\ntwo\n"], ["one", "two"]],
+    [["one", IAC, "\rtwo\n"], ["one", "two"]],
+    [["o", IAC, "ne", IAC, IAC, "\ntwo\n"], ["one", "two"]],
+    [[IAC, IAC, IAC, "one\n"], ["one"]],
+    [[IAC, 0, "one\n"], ["one"]],
+    [["one", IAC, DM, "\n"], ["one"]],
+    [["o", IAC, NOP, "ne\n"], ["one"]],
+    [[IAC, IP, IAC, "one\n"], ["one"]], // a Synch without its DM
+  ];
+  for (const [typed, received] of inputs) {
+    await alice.send(
+      typed.flatMap((part) =>
+        typeof part === "number" ? part : [...encoder.encode(part)]
+      ),
+    );
+    for (const line of received) {
+      const said = (await bob.next())!.replaceAll("\ufffd", "");
+      assertEquals(said, `[alice] ${line}`, JSON.stringify(typed));
+    }
+  }
+  await alice.send([IAC, ...encoder.encode("/msg bob secret\n")]);
+  assertEquals(await bob.next(), "[alice -> you] secret");
+});
+
+Deno.test("a sub-negotiation without an end swallows at most one line end", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.send([IAC, SB, 31, 0, 80, IAC, NOP]); // another command ends it
+  await alice.say("one");
+  assertEquals(await bob.next(), "[alice] one");
+  await alice.send([IAC, SB, 31, ...encoder.encode("x".repeat(4_200))]);
+  await alice.say("/msg bob the end of what was lost", "two");
+  assertEquals(await bob.next(), "[alice] two");
+});
+
+Deno.test("telnet commands of the user are carried out or answered", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.send([IAC, AYT]);
+  await alice.find(/\* Yes, Parley is here\.$/);
+  await alice.send([IAC, IP, IAC, DO, 6]); // Ctrl-C
+  await alice.find(/\* To leave, type \/quit\.$/);
+  const text = (typed: string) => [...encoder.encode(typed)];
+  await alice.send([...text("helox"), IAC, EC, IAC, EC, ...text("lo\n")]);
+  assertEquals(await bob.next(), "[alice] hello");
+  await alice.send([...text("wrong"), IAC, EL, ...text("right\n")]);
+  assertEquals(await bob.next(), "[alice] right");
+});
+
+Deno.test("the first telnet command of a client is answered with DO BINARY, once", async () => {
+  await using server = open({ raw: true });
+  using conn = await Deno.connect({ port: server.port });
+  const ECHO = 1;
+  const asked = [IAC, DO, ECHO, IAC, WILL, BINARY, IAC, WILL, ECHO];
+  for (const byte of asked) {
+    await conn.write(Uint8Array.of(byte));
+    await turn();
+  }
+  const expected = [IAC, DO, BINARY, IAC, WONT, ECHO, IAC, DONT, ECHO];
+  const answers: number[] = [], buffer = new Uint8Array(20);
+  while (answers.length < expected.length) {
+    const count = await within(conn.read(buffer), "the answers");
+    answers.push(...buffer.slice(0, count!));
+  }
+  assertEquals(answers, expected);
+});
+
+Deno.test("a line that begins with a slash and is no command is said as it is", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  const lines = [
+    "// main.c",
+    "/* block */",
+    "/etc/passwd",
+    "/usr/bin/env node",
+    "/",
+    "/ x",
+    "//",
+    "///",
+    "//etc/hosts",
+    "// who",
+    "/who?",
+    "/1",
+    "/-me",
+    "/me/you",
+    "/dev/null 2>&1",
+    "/^a.*b$/",
+  ];
+  await alice.settle();
+  for (const line of lines) {
+    await alice.say(line);
+    assertEquals(await bob.next(), `[alice] ${line}`);
+  }
+  await alice.receivesNothing();
+});
+
+Deno.test("a line that shows nothing is not sent", async (t) => {
+  const blank = [
+    "",
+    " ",
+    "   ",
+    "\t",
+    "\xa0",
+    "\u3000",
+    "\u2003",
+    "\u200b",
+    "\u3164",
+    "\u115f",
+    "\u2800",
+    "\xad",
+    "\u2060",
+    "\ufe0f",
+    "\u{e0041}",
+    " \u200b\u3164\t ",
+    "\x1b[0m \x07",
+    "x\b",
+    "\r",
+  ];
+  for (const raw of [false, true]) {
+    await t.step(raw ? "in a raw room" : "in a room", async () => {
+      await using server = open({ raw, rate: 0 });
+      await using bob = await Guest.connect(server.port);
+      if (!raw) await bob.find(/Nobody else/);
+      await using alice = await Guest.connect(server.port);
+      if (!raw) await bob.find(/entered/);
+      const mark = raw ? "" : "[guest2] ";
+      for (const line of blank) {
+        await alice.say(line, "end");
+        assertEquals(await bob.next(), `${mark}end`, JSON.stringify(line));
+      }
+      if (raw) return;
+      for (const line of blank) await alice.say(`/me ${line}`);
+      await alice.say("end");
+      assertEquals(await bob.next(), `${mark}end`);
+    });
+  }
+});
+
+Deno.test("a TAB becomes spaces up to the next multiple of 8, and stays in a raw room", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.say("a\tb", "\tx", "1234567\tx", "12345678\tx", "a\tb\t\tc");
+  assertEquals(await bob.next(), "[alice] a       b");
+  assertEquals(await bob.next(), "[alice]         x");
+  assertEquals(await bob.next(), "[alice] 1234567 x");
+  assertEquals(await bob.next(), "[alice] 12345678        x");
+  assertEquals(await bob.next(), "[alice] a       b               c");
+  await alice.say("/me\twaves", "/msg\tbob\thi");
+  assertEquals(await bob.next(), "** alice waves");
+  assertEquals(await bob.next(), "[alice -> you] hi");
+  // However many there are, a line does not grow beyond its bound.
+  await alice.say("\t".repeat(4_000) + "x", "end");
+  const line = (await bob.next())!;
+  assertMatch(line, /^\[alice\] +x$/);
+  assert(line.length <= "[alice] ".length + LINE_BYTES, `${line.length} bytes`);
+  assertEquals(await bob.next(), "[alice] end");
+
+  await using raw = open({ raw: true });
+  await using carol = await Guest.connect(raw.port);
+  await using dave = await Guest.connect(raw.port);
+  await carol.say("tab\tstays");
+  assertEquals(await dave.next(), "tab\tstays");
+});
+
+// -- private text
+
+/** A room with three people, and what the third, a stranger, has received. */
+async function openWithStranger(options: Partial<Options> = {}) {
+  const server = open({ rate: 0, ...options });
+  const alice = await Guest.join(server.port, "alice");
+  const bob = await Guest.join(server.port, "bob");
+  const eve = await Guest.join(server.port, "eve");
+  await alice.find(/known as eve/);
+  await bob.find(/known as eve/);
+  return {
+    server,
+    alice,
+    bob,
+    eve,
+    async [Symbol.asyncDispose]() {
+      for (const guest of [alice, bob, eve]) await guest[Symbol.asyncDispose]();
+      await server.stop();
+    },
+  };
+}
+
+Deno.test("no part of a command that is too long is said or kept", async (t) => {
+  using file = new TemporaryFile("");
+  await using room = await openWithStranger({ log: file.path });
+  const { alice, bob, eve } = room;
+  await bob.say("/msg alice answer me");
+  await alice.find(/answer me/);
+  await bob.next();
+  const long = "x".repeat(4_200) + " PIN 1234";
+  const lines = [
+    `/msg bob ${long}`,
+    `/W bob ${long}`,
+    `/reply ${long}`,
+    `/r ${long}`,
+    `/me ${long}`,
+    `/nick ${long}`,
+    `/quit ${long}`,
+    `/mgs bob ${long}`, // an unknown one
+    `/msg bob ${"é".repeat(2_100)} PIN 1234`,
+    `/msg bob ${"x".repeat(LINE_BYTES - 8)}`, // a byte too long
+    `/msg bob ${"x".repeat(20_000)} PIN 1234`,
+    `/msg bob ${"x ".repeat(2_050)}/msg bob PIN 1234`,
+    `/msg bob ${long}\rsecond`,
+    `\x1bOQ/msg bob ${long}`,
+    `\u200b/msg bob ${long}`,
+  ];
+  for (const line of lines) {
+    await t.step(line.slice(0, 12), async () => {
+      await alice.say(line);
+      assertMatch((await alice.next())!, /^! Nothing was sent: a command /);
+      await alice.receivesNothing();
+      const [, second] = line.split("\r");
+      if (second) {
+        assertEquals(await eve.next(), "[alice] second");
+        await bob.next();
+      }
+    });
+  }
+  const most = "x".repeat(LINE_BYTES - "/msg bob ".length);
+  await alice.say(`/msg bob ${most}`, "done");
+  assertEquals(await bob.next(), `[alice -> you] ${most}`);
+  assertEquals(await bob.next(), "[alice] done");
+  assertEquals(await eve.next(), "[alice] done");
+  await room.server.stop();
+  assertEquals(logged(file), ["[alice] second", "[alice] done"]);
+});
+
+Deno.test("a piece of a message that is too long is no command", async () => {
+  await using room = await openWithStranger();
+  const { alice, bob } = room;
+  for (const piece of ["/quit", "/msg bob hi", "//who", "/x", "/nick zoe"]) {
+    for (const letter of ["x", "é", "日"]) {
+      const bytes = encoder.encode(letter).length;
+      // Cut between characters, the first piece can be shorter.
+      const first = letter.repeat(Math.floor(LINE_BYTES / bytes));
+      const filler = "x".repeat(LINE_BYTES - first.length * bytes);
+      await alice.say(first + filler + piece);
+      assertEquals(await bob.next(), `[alice] ${first}${filler}`);
+      assertEquals(await bob.next(), `[alice] ${piece}`);
+    }
+  }
+  await alice.receivesNothing();
+});
+
+Deno.test("what is removed before a command makes no part of it public", async (t) => {
+  await using room = await openWithStranger();
+  const { alice, bob, eve } = room;
+  const bytes = (...parts: (string | number)[]) =>
+    parts.flatMap((part) =>
+      typeof part === "number" ? part : [...encoder.encode(part)]
+    );
+  let sent = 0;
+  /** Sends the command after `junk`; nobody but bob sees any part of it. */
+  const hides = async (junk: number[]) => {
+    const end = `end ${sent++}`;
+    await alice.send([...junk, ...bytes(`/msg bob PIN 1234\n${end}\n`)]);
+    for (const guest of [bob, eve]) {
+      const seen: string[] = [];
+      for (let line; !(line = (await guest.next())!).endsWith(end);) {
+        line = line.replace(/^\[alice\] [\ufffd\uf704\u0378]+$/, "");
+        if (line) seen.push(line.replaceAll("\ufffd", ""));
+      }
+      if (guest === bob && seen.length > 0) {
+        assertEquals(seen, ["[alice -> you] PIN 1234"]);
+      } else assertEquals(seen, []);
+    }
+  };
+  const junk: [what: string, bytes: number[]][] = [
+    ["Esc", bytes("\x1b")],
+    ["F2", bytes("\x1bOQ")],
+    ["F1 of the Linux console", bytes("\x1b[[A")],
+    ["an unfinished sequence", bytes("\x1b[1;")],
+    ["an unfinished function key", bytes("\x1bO")],
+    ["an unfinished title", bytes("\x1b]")],
+    ["an unfinished C1 sequence", bytes("\x9b")],
+    ["a byte order mark", bytes("\ufeff")],
+    ["zero-width spaces", bytes("\u200b\u200b")],
+    ["a Hangul filler", bytes("\u3164")],
+    ["a soft hyphen", bytes("\xad")],
+    ["a word joiner", bytes("\u2060")],
+    ["a tag", bytes("\u{e0041}")],
+    ["a private character, such as a function key of macOS", bytes("\uf704")],
+    ["an unassigned character", bytes("\u0378")],
+    ["a bidirectional control", bytes("\u202e")],
+    ["a line separator", bytes("\u2028")],
+    ["control characters", bytes("\0\x01\x07")],
+    ["what Backspace erased", bytes("x\b")],
+    ["what Ctrl-U erased", bytes("hello\x15")],
+    ["bytes that are no UTF-8", [0xc3, 0xfe]],
+    ["a stray 255", [IAC]],
+    ["two of them", [IAC, IAC]],
+    ["NOP", [IAC, NOP]],
+    ["DM", [IAC, DM]],
+    ["an option", [IAC, WILL, 31]],
+    ["a sub-negotiation", [IAC, SB, 31, 0, 80, 0, 24, IAC, SE]],
+    ["what EC erased", [120, IAC, EC]],
+    ["what EL erased", [120, 120, IAC, EL]],
+  ];
+  for (const [what, each] of junk) {
+    await t.step(what, async () => {
+      await hides(each);
+      if (/unfinished|erased/.test(what)) return; // many of them show something
+      // As much of it as one line can have, and a byte less or more.
+      const most = Math.floor(LINE_BYTES / each.length);
+      for (const count of [most - 1, most, most + 1]) {
+        await hides(Array(count).fill(each).flat());
+      }
+    });
+  }
+  await t.step("a line cut anywhere in the command", async () => {
+    for (let count = LINE_BYTES - 24; count <= LINE_BYTES + 1; count++) {
+      await hides(Array(count).fill(0));
+    }
+  });
+  await alice.settle();
+});
+
+Deno.test("white space of any kind ends the name of a command", async () => {
+  await using room = await openWithStranger();
+  const { alice, bob, eve } = room;
+  for (const space of [" ", "  ", "\t", "\xa0", "\u3000", "\u2003"]) {
+    await alice.say(`/msg${space}bob${space}PIN 1234`, "end");
+    assertEquals(await bob.next(), "[alice -> you] PIN 1234");
+    assertEquals(await bob.next(), "[alice] end");
+    assertEquals(await eve.next(), "[alice] end");
+  }
+});
+
+Deno.test("a password or a name that is too long is refused whole, once", async (t) => {
+  using file = new TemporaryFile("sesame");
+  const long = "x".repeat(9_000);
+  await t.step("a password", async () => {
+    await using server = open({ passwordFile: file.path });
+    await using bob = await Guest.connect(server.port);
+    await bob.say("sesame");
+    await bob.find(/Nobody else/);
+    await using alice = await Guest.connect(server.port);
+    assertEquals(await alice.next(), ASKED);
+    for (let i = 0; i < 2; i++) { // two of three tries
+      await alice.say(long);
+      assertMatch((await alice.next())!, /^! /);
+      assertEquals(await alice.next(), ASKED);
+    }
+    await alice.say("sesame", "hello");
+    await alice.find(/^\* Welcome/);
+    assertMatch((await bob.next())!, /has entered the room$/);
+    assertEquals(await bob.next(), "[guest2] hello");
+  });
+  await t.step("a name", async () => {
+    await using server = open({ askName: true });
+    await using bob = await Guest.connect(server.port);
+    await bob.say("bob");
+    await bob.find(/room contains/);
+    await using alice = await Guest.connect(server.port);
+    await alice.say(long, "hello");
+    await alice.next();
+    const answers = await alice.rest();
+    assertEquals(answers.length, 1);
+    assertMatch(answers[0], /^! /);
+    await using carol = await Guest.connect(server.port);
+    await carol.say("carol");
+    assertEquals(await bob.next(), "* carol has entered the room");
+  });
 });
 
 Deno.test("a line that is too long is passed on in pieces, cut between characters", async () => {
@@ -654,7 +1639,7 @@ Deno.test("a first line that is an HTTP request is refused", async () => {
   await using page = await Guest.connect(server.port);
   await page.send("POST / HTTP/1.1\r\nHost: x\r\n\r\nI am a web page\r\n");
   assertEquals(await page.find(/^HTTP/), "HTTP/1.1 400 Bad Request");
-  await page.find(/chat room, not a web site/);
+  await page.find(/^This is a Parley chat room\. .*nc HOST PORT$/);
   await page.rest();
   assertEquals(await alice.next(), "* guest2 has entered the room");
   assertEquals(
@@ -684,7 +1669,7 @@ Deno.test("/reply goes to the last sender of a private message who is not ignore
   await using bob = await Guest.join(server.port, "bob");
   await using mallory = await Guest.join(server.port, "mallory");
   await bob.say("/ignore mallory");
-  await bob.find(/do not hear mallory/);
+  await bob.find(/no longer receive messages from mallory/);
   await alice.say("/msg bob our plan?");
   await bob.find(/our plan/);
   await mallory.say("/msg bob x");
@@ -739,7 +1724,7 @@ Deno.test({
     assert(told, "the room was never told");
     assertMatch(
       await program.output.find(/too slow/),
-      /^Connection closed by .* \(guest3, too slow, 2 here\)$/,
+      /^Disconnected .* \(guest3, too slow, 2 here\)$/,
     );
     // Although its write and its read never end:
     await eventually(
@@ -772,6 +1757,40 @@ Deno.test("the read buffer of a client shrinks when it sends little", async () =
   });
   await within(closed, "the end");
   assertEquals(sizes.slice(8), [most, resting, least]);
+});
+
+Deno.test("a known command behind white space is run, and another line stays as it is", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.find(/known as bob/);
+  for (const space of [" ", "   ", "\t", "\u00a0", "\u3000", " \u200b "]) {
+    await bob.say(`first\n${space}/msg alice PIN`, " /well", "  // main.c");
+    assertEquals(await alice.next(), "[bob] first");
+    assertEquals(await alice.next(), "[bob -> you] PIN");
+    assertEquals(await alice.next(), "[bob]  /well");
+    assertEquals(await alice.next(), "[bob]   // main.c");
+    assertEquals(await bob.next(), "[you -> alice] PIN");
+  }
+});
+
+Deno.test("what is refused for its length is not said among other lines", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  const bob = Visitor.admit(server, "192.0.2.1");
+  await alice.find(/has entered/);
+  bob.say(`one\n/msg alice ${"x".repeat(9_000)}\ntwo`);
+  assertEquals(await alice.next(), "[guest2] one");
+  assertEquals(await alice.next(), "[guest2] two");
+});
+
+Deno.test("the sender of the line for which a slow client is dropped is told too", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  admit(server, { write: never });
+  await alice.find(/has entered the room/);
+  await flood(alice, 6_000);
+  await alice.find(/^\* guest2 has left the room \(too slow\)$/);
 });
 
 Deno.test("a rate-limited paste arrives whole while others talk", async () => {
@@ -809,12 +1828,310 @@ Deno.test("lines that a client sent before it left still arrive, at its rate", a
   assertEquals(await bob.next(), "* alice has left the room");
 });
 
+Deno.test("what a client sends that is not said costs it like a line", async (t) => {
+  const rate = 20, burst = 5 * rate; // lines a second, lines at once
+  const inputs: [what: string, typed: string | number[], lines: number][] = [
+    ["empty lines", "\n".repeat(2_000), 2_000],
+    ["CR LF", "\r\n".repeat(burst + 10), burst + 10],
+    ["lines of white space", " \n".repeat(burst + 10), burst + 10],
+    ["invisible lines", "\u200b\n".repeat(burst + 10), burst + 10],
+    ["control characters", "\0".repeat((burst + 10) * LINE_BYTES), burst + 10],
+    [
+      "telnet commands",
+      Array(LINE_BYTES / 2 * (burst + 10)).fill([IAC, NOP]).flat(),
+      burst + 10,
+    ],
+    ["escape sequences", "\x1b[0m".repeat((burst + 10) * 1_024), burst + 10],
+  ];
+  for (const [what, typed, lines] of inputs) {
+    await t.step(what, async () => {
+      using _clock = fastClock();
+      await using server = open({ rate });
+      await using alice = await Guest.connect(server.port);
+      await using bob = await Guest.connect(server.port);
+      await bob.find(/Here now/);
+      const started = performance.now();
+      await alice.send(typed);
+      if (lines > 10 * burst) { // they would take a minute
+        await alice.say("hello");
+        await bob.say("first");
+        await alice.find(/first$/);
+        await bob.receivesNothing();
+        return;
+      }
+      await alice.say("hello");
+      await bob.find(/hello$/);
+      const took = performance.now() - started, least = 1_000 * 8 / rate;
+      assert(took > least, `${took} ms`);
+    });
+  }
+});
+
+Deno.test("a client that comes back does not have its burst again", async (t) => {
+  const rate = 100, burst = 5 * rate; // lines a second, lines at once
+  /** How long it takes until all lines of `clients` are said, in milliseconds. */
+  const takes = async (
+    clients: string[],
+    lines: number,
+    say: (visitor: Visitor) => void,
+  ) => {
+    using _clock = fastClock();
+    await using server = open({ rate });
+    await using bob = await Guest.join(server.port);
+    const started = performance.now();
+    for (const hostname of clients) {
+      const visitor = Visitor.admit(server, hostname);
+      say(visitor);
+      visitor.end();
+      await visitor.rest();
+    }
+    for (let i = 0; i < lines; i++) await bob.find(/^\[guest\d+\] line/);
+    return performance.now() - started;
+  };
+  const saying = (lines: number) => (visitor: Visitor) =>
+    visitor.say(...numbered(lines, "line "));
+  await t.step("from one address", async () => {
+    const time = await takes(
+      ["192.0.2.1", "192.0.2.1"],
+      burst + 60,
+      (visitor) => saying((burst + 60) / 2)(visitor),
+    );
+    assert(time > 500, `${time} ms`);
+  });
+  await t.step("often", async () => {
+    const clients = Array(15).fill("192.0.2.1");
+    const lines = 15 * 40; // more than the burst
+    const time = await takes(clients, lines, saying(40));
+    assert(time > 900, `${time} ms`);
+  });
+  await t.step("but only what it spent is gone", async () => {
+    await using server = open({ rate: 1 });
+    await using bob = await Guest.join(server.port);
+    for (let i = 0; i < 3; i++) { // of five lines
+      const visitor = Visitor.admit(server, "192.0.2.1");
+      visitor.say("hello");
+      visitor.end();
+      await visitor.rest();
+      await bob.find(/hello$/);
+    }
+    const started = performance.now();
+    const visitor = Visitor.admit(server, "192.0.2.1");
+    visitor.say("one", "two");
+    await bob.find(/two$/);
+    assert(performance.now() - started < 900);
+  });
+  await t.step("from one IPv6 network", async () => {
+    const clients = ["2001:db8::1", "2001:db8::2"];
+    const time = await takes(clients, burst + 60, saying((burst + 60) / 2));
+    assert(time > 500, `${time} ms`);
+  });
+  await t.step("but others have theirs", async () => {
+    const clients = [
+      "192.0.2.1",
+      "192.0.2.2",
+      "2001:db8::1",
+      "2001:db8:0:1::1",
+    ];
+    const time = await takes(clients, 4 * burst - 40, saying(burst - 10));
+    assert(time < 4_000, `${time} ms`); // one address needs 15 seconds
+  });
+});
+
+Deno.test("a client that joins and leaves between two gathered notices is in none", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port, "alice");
+  await using _bob = await Guest.join(server.port, "bob");
+  await alice.find(/known as bob/);
+  for (let i = 0; i < 40; i++) { // the first four are told, as two notices each
+    const visitor = Visitor.admit(server, "192.0.2.1");
+    visitor.say("/quit ".padEnd(190, "x"));
+    await visitor.rest();
+  }
+  const carol = Visitor.admit(server, "192.0.2.1");
+  carol.say("/nick carol"); // the name of now is told
+  for (let i = 0; i < 4; i++) {
+    assertMatch((await alice.next())!, /has entered the room$/);
+    assertMatch((await alice.next())!, /has left the room \(x+\)$/);
+  }
+  assertEquals(await alice.next(), "* carol has entered the room");
+  await alice.receivesNothing();
+});
+
+Deno.test("a client whose connection has failed stops when a line is sent to it", async () => {
+  await using server = open({ rate: 20 });
+  await using bob = await Guest.join(server.port, "bob");
+  const mallory = await Guest.join(server.port, "mallory");
+  await mallory.say(...numbered(400, "line ")); // 15 seconds' worth
+  await bob.find(/line 99$/);
+  await bob.say("unread"); // so that closing resets the connection
+  await mallory.find(/^\[bob\] unread$/);
+  await bob.say("unread");
+  await mallory[Symbol.asyncDispose]();
+  // The first line after a connection has ended only makes the system notice.
+  const started = performance.now();
+  let isGone = false;
+  const gone = bob.find(/^\* mallory has left the room$/)
+    .then(() => isGone = true);
+  while (!isGone) {
+    await bob.say("is anyone there?");
+    await Promise.race([gone, new Promise((next) => setTimeout(next, 50))]);
+  }
+  const took = performance.now() - started;
+  assert(took < 1_500, `${took} ms`);
+});
+
+Deno.test("a client whose connection has failed stops within seconds where nobody else talks", async () => {
+  await using server = open({ rate: 20 });
+  await using bob = await Guest.join(server.port, "bob");
+  const mallory = await Deno.connect({ port: server.port });
+  const lines = numbered(600, "line ").join("\n"); // 25 seconds' worth
+  await mallory.write(encoder.encode(lines));
+  await bob.find(/line 90$/);
+  const started = performance.now();
+  mallory.close(); // with what it has not read: the connection is reset
+  await bob.find(/^\* guest2 has left the room$/);
+  const took = performance.now() - started;
+  assert(took < 5_000, `${took} ms`);
+});
+
+Deno.test("a person whose lines wait is told so after two seconds, and again after ten", async (t) => {
+  /** What somebody is told who pastes 600 lines, until the last of them is said. */
+  const told = async (options: Partial<Options>, last: number) => {
+    using _clock = fastClock();
+    await using server = open({ rate: 20, ...options });
+    await using alice = await Guest.connect(server.port);
+    if (options.askName) await alice.say("alice");
+    await using bob = await Guest.connect(server.port);
+    if (options.askName) await bob.say("bob");
+    await alice.say(...numbered(600, "line "));
+    await bob.find(new RegExp(`line ${last}$`));
+    await server.stop();
+    return (await alice.rest()).filter((line) => /wait/.test(line));
+  };
+  await t.step("in a room", async () => {
+    const lines = await told({}, 499);
+    assertEquals(lines.length, 2); // after 2 and 12 seconds of 20
+    for (const line of lines) {
+      const [, count] =
+        /^! Your lines are sent at 20 a second; (\d+) are waiting\.$/.exec(
+          line,
+        )!;
+      assert(Number(count) > 20 && Number(count) < 500, line);
+    }
+  });
+  await t.step("but not in a raw room", async () => {
+    assertEquals(await told({ raw: true }, 199), []);
+  });
+  await t.step("nor with --ask-name", async () => {
+    assertEquals(await told({ askName: true }, 199), []);
+  });
+});
+
+Deno.test("a client that sends commands faster than it reads gets all answers and stays", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using mallory = await Guest.join(server.port, "mallory");
+  await alice.find(/known as mallory/);
+  const commands = 4_000;
+  const sending = mallory.say(...Array(commands).fill("/help"));
+  await using bob = await Guest.join(server.port); // others feel nothing
+  await bob.say("hello");
+  await alice.find(/^\[guest3\] hello$/);
+  for (let i = 0; i < commands; i++) await mallory.find(/^\* \/\/COMMAND /);
+  await sending;
+  await mallory.settle();
+});
+
+Deno.test("a refused connection is closed at once", async () => {
+  await using server = open({ maxClients: 1 });
+  await using _alice = await Guest.join(server.port);
+  // It neither reads nor leaves.
+  const refused = admit(server, { closeWrite: () => Promise.resolve() });
+  await within(refused.closed, "the close", 500);
+  assertEquals(
+    refused.received,
+    `! The room is full. Try again later.\n${GOODBYE}\n`,
+  );
+});
+
+Deno.test({
+  name: "the descriptors of refused connections are free at once",
+  ignore: !LINUX,
+  async fn() {
+    await using program = await Program.start(["--max-per-address", "1"]);
+    await using alice = await Guest.join(program.port);
+    const before = await program.descriptors();
+    const crowd: Deno.TcpConn[] = [];
+    for (let i = 0; i < 50; i++) {
+      crowd.push(await Deno.connect({ port: program.port }));
+    }
+    await alice.settle(); // the others were accepted before
+    const started = performance.now();
+    await eventually(
+      async () => await program.descriptors() <= before,
+      "the descriptors",
+    );
+    assert(performance.now() - started < 500);
+    for (const conn of crowd) conn.close();
+  },
+});
+
+Deno.test("IPv6 addresses of one /64 network count as one", async (t) => {
+  await t.step("for places", async () => {
+    await using server = open({ maxPerAddress: 1 });
+    await using first = Visitor.admit(server, "2001:db8::5");
+    assertMatch((await first.next())!, /Welcome/);
+    await using second = Visitor.admit(server, "2001:db8::6");
+    assertMatch((await second.next())!, /^! There are too many connections/);
+    await using third = Visitor.admit(server, "2001:db8:0:1::5");
+    assertMatch((await third.next())!, /Welcome/);
+    first.end();
+    await first.rest();
+    await using fourth = Visitor.admit(server, "2001:db8::7");
+    assertMatch((await fourth.next())!, /Welcome/);
+  });
+  await t.step("for bans", async () => {
+    await using server = open();
+    await using first = Visitor.admit(server, "2001:db8::5");
+    assertMatch((await first.next())!, /Welcome/);
+    const told: string[] = [];
+    await server.operate(
+      ReadableStream.from(["/ban 2001:db8::5"]),
+      (line) => told.push(line),
+    );
+    assertEquals((await first.rest()).slice(-2), [
+      "! You were banned.",
+      GOODBYE,
+    ]);
+    await using second = Visitor.admit(server, "2001:db8::6");
+    assertEquals(await second.rest(), []);
+    await using third = Visitor.admit(server, "2001:db8:0:1::5");
+    assertMatch((await third.next())!, /Welcome/);
+    assertMatch(told[0], /^\* 2001:db8::\/64 is banned\./);
+  });
+  await t.step("for wrong passwords", async () => {
+    using file = new TemporaryFile("sesame");
+    await using server = open({ passwordFile: file.path });
+    for (let i = 1; i <= 3; i++) {
+      await using guest = Visitor.admit(server, `2001:db8::${i}`);
+      assertEquals(await guest.next(), ASKED);
+      guest.say("wrong");
+      assertMatch((await guest.next())!, /^! That is not the password\./);
+    }
+    await using guest = Visitor.admit(server, "2001:db8::4");
+    assertMatch((await guest.next())!, /^! Too many wrong passwords/);
+  });
+});
+
 Deno.test("a client beyond --max-clients is told that the room is full", async () => {
   await using server = open({ maxClients: 2 });
   await using alice = await Guest.join(server.port);
   await using bob = await Guest.join(server.port);
   await using carol = await Guest.connect(server.port);
-  assertEquals(await carol.rest(), ["! The room is full. Try again later."]);
+  assertEquals(await carol.rest(), [
+    "! The room is full. Try again later.",
+    GOODBYE,
+  ]);
   await bob.say("/quit");
   await alice.find(/guest2 has left/);
   await using _dave = await Guest.join(server.port);
@@ -832,8 +2149,10 @@ Deno.test("a client beyond --max-per-address is told so", async () => {
   await using server = open({ maxPerAddress: 1 });
   await using _alice = await Guest.join(server.port);
   await using bob = await Guest.connect(server.port);
-  assertMatch((await bob.next())!, /^! Too many here are from your address\./);
-  assertEquals(await bob.next(), null);
+  assertEquals(await bob.rest(), [
+    "! There are too many connections from your address.",
+    GOODBYE,
+  ]);
 });
 
 Deno.test({
@@ -854,10 +2173,9 @@ Deno.test({
     );
     await alice.settle();
     await alice.say("/who");
-    await alice.find(/^\* The room contains: /);
+    await alice.find(/^\* Here now: /);
     for (const conn of crowd) conn.close();
     await using bob = await Guest.join(program.port, "bob");
-    await alice.find(/known as bob/);
     await bob.say("hello");
     await alice.find(/^\[bob\] hello$/);
     program.child.kill("SIGINT");
@@ -884,66 +2202,56 @@ Deno.test({
   },
 });
 
-/** A telnet request, and how many of them one read is answered for: the answers
- * to a read are at most 192 bytes. */
-const REQUEST = [IAC, DO, 1], MOST_REQUESTS = 192 / 3;
-
-Deno.test("a client that does not read telnet answers before it joins is too slow", async () => {
-  using file = new TemporaryFile("sesame");
-  await using server = open({ passwordFile: file.path, rate: 0 });
+/** Admits a client that sends `bytes` over and over, and never takes a write.
+ * Tells how often it was read, and whether it was closed. */
+function admitStalled(server: ChatServer, bytes: number[] | Uint8Array) {
+  const state = { reads: 0, closed: false };
   const { closed } = admit(server, {
     async read(buffer) {
       await turn();
-      for (const i of buffer.keys()) buffer[i] = REQUEST[i % 3];
-      return buffer.length - buffer.length % 3;
+      state.reads++;
+      const count = Math.min(buffer.length, bytes.length);
+      for (let i = 0; i < count; i++) buffer[i] = bytes[i];
+      return count;
     },
     write: never,
   });
-  await within(closed, "the close");
-});
+  closed.then(() => state.closed = true);
+  return state;
+}
 
-Deno.test("a client that is disconnected while it joins leaves no name behind", async () => {
-  await using server = open({ askName: true, rate: 0 });
-  // Each client has a few more answers waiting than the one before when it sends its
-  // name: for some, the greeting is the byte too much.
-  const limit = Math.ceil(PRIVATE_BYTES / REQUEST.length);
-  const here: string[] = [];
-  let disconnected = 0;
-  for (
-    let requests = limit - MOST_REQUESTS / 2;
-    requests <= limit + MOST_REQUESTS;
-    requests += 4
-  ) {
-    const name = `ghost${requests}`;
-    let left = requests, named = false, joined = false, closed = false;
-    admit(server, {
-      async read(buffer) {
-        await turn();
-        joined = named;
-        if (joined) return await never();
-        named = left === 0;
-        const count = Math.min(left, MOST_REQUESTS);
-        left -= count;
-        const input = named
-          ? encoder.encode(`${name}\n`)
-          : new Array(count).fill(REQUEST).flat();
-        buffer.set(input);
-        return input.length;
-      },
-      write: never,
-      close() {
-        closed = true;
-      },
-    });
-    await eventually(() => joined || closed, "the end of its input");
-    if (!closed) here.push(name);
-    else if (named) disconnected++;
+/** Waits until a client is no longer read. */
+async function rests(client: { reads: number }): Promise<void> {
+  await eventually(async () => {
+    const before = client.reads;
+    for (let i = 0; i < 100; i++) await turn();
+    return client.reads === before;
+  }, "the client is no longer read");
+}
+
+Deno.test("a client that takes no answers is not read until it does, and stays", async (t) => {
+  using file = new TemporaryFile("sesame");
+  const inputs: [what: string, input: number[] | Uint8Array][] = [
+    ["telnet options", [IAC, DO, 1]],
+    ["commands", encoder.encode("/help\n")],
+    ["unknown commands", encoder.encode("/x\n")],
+    ["lists", encoder.encode("/who\n")],
+    ["private messages to itself", encoder.encode("/msg guest1 hi\n")],
+    ["/me", encoder.encode("/me\n")],
+  ];
+  for (const passwordFile of ["", file.path]) {
+    const when = passwordFile ? "before it joins" : "in the room";
+    await using server = open({ passwordFile, rate: 0 });
+    for (const [what, input] of inputs) {
+      if (passwordFile && what !== "telnet options") continue;
+      await t.step(`${what} ${when}`, async () => {
+        const client = admitStalled(server, input);
+        await rests(client);
+        assert(client.reads > 1);
+        assertEquals(client.closed, false);
+      });
+    }
   }
-  assert(disconnected > 0, "none was disconnected after it sent its name");
-  await using alice = await Guest.connect(server.port);
-  await alice.say("alice");
-  assertMatch((await alice.next())!, /name\?$/);
-  assertEquals(await alice.next(), `* The room contains: ${here.join(", ")}`);
 });
 
 Deno.test("a closed standard output does not stop the room", async () => {
@@ -1001,19 +2309,18 @@ Deno.test("a client receives and sends nothing before it gives the password", as
   await using alice = await Guest.connect(server.port);
   assertEquals(await alice.next(), ASKED);
   await alice.say("open sesame");
-  assertMatch((await alice.next())!, /^\* Welcome, guest1/);
-  assertEquals(await alice.next(), "* The room contains: nobody else yet");
+  assertMatch((await alice.next())!, /^\* Welcome! You are guest1/);
+  assertEquals(await alice.next(), "* Nobody else is here yet.");
 
   await using mallory = await Guest.connect(server.port);
   assertEquals(await mallory.next(), ASKED);
   await alice.say("a secret", "/who");
-  assertEquals(await alice.next(), "* The room contains: guest1");
-  await mallory.say("/who", "hello?", "open sesame!");
-  for (let i = 0; i < 3; i++) {
+  assertEquals(await alice.next(), "* Here now: guest1 (1)");
+  await mallory.say("/who", "hello?");
+  for (let i = 0; i < 2; i++) {
     assertEquals(await mallory.next(), "! That is not the password.");
-    if (i < 2) assertEquals(await mallory.next(), ASKED);
+    assertEquals(await mallory.next(), ASKED);
   }
-  assertEquals(await mallory.next(), null);
   await alice.receivesNothing();
 
   await using bob = await Guest.connect(server.port);
@@ -1023,7 +2330,38 @@ Deno.test("a client receives and sends nothing before it gives the password", as
   await bob.find(/^\[guest1\] a secret$/);
   await bob.receivesNothing();
   assert(!printed.join().includes("sesame"));
-  assertMatch(printed[3], /\(no password, 1 here\)$/);
+  assertMatch(printed[1], /^Password accepted from \S+ \(guest1, 1 here\)$/);
+});
+
+Deno.test("whatever a client sends before it has given the password or a name, nothing is said", async (t) => {
+  using file = new TemporaryFile("sesame");
+  const inputs: [what: string, input: string][] = [
+    ["long lines", ("x".repeat(4_000) + "\n").repeat(50)],
+    ["short lines", "let me in\n".repeat(10_000)],
+    ["commands", "/me waves\n".repeat(10_000)],
+    ["a long line", "x".repeat(100_000) + "\n"],
+    ["empty lines", "\n".repeat(50_000) + "let me in\n"],
+  ];
+  for (const passwordFile of [file.path, ""]) {
+    const options = { passwordFile, askName: !passwordFile, rate: 0 };
+    for (const [what, input] of inputs) {
+      await t.step(
+        `${what} before the ${passwordFile ? "password" : "name"}`,
+        async () => {
+          await using server = open(options);
+          await using bob = await Guest.connect(server.port);
+          await bob.say(passwordFile ? "sesame" : "bob");
+          await bob.find(/Nobody else|room contains/);
+          await using mallory = await Guest.connect(server.port);
+          await mallory.send(input + "\n").catch(() => {});
+          await mallory.conn.closeWrite().catch(() => {});
+          await mallory.rest();
+          await bob.conn.closeWrite(); // without a goodbye
+          assertEquals(await bob.rest(), []);
+        },
+      );
+    }
+  }
 });
 
 Deno.test("the password is asked for before a name, and in a raw room", async () => {
@@ -1047,12 +2385,190 @@ Deno.test("the password is asked for before a name, and in a raw room", async ()
   assertEquals(await carol.rest(), [ASKED, ASKED, "Shutdown Server"]);
 });
 
+Deno.test("after three wrong passwords an address is not asked for a minute", async (t) => {
+  using file = new TemporaryFile("sesame");
+  const LOCKED = [
+    "! Too many wrong passwords from your address. Try again in a minute.",
+    GOODBYE,
+  ];
+  await t.step("on one connection", async () => {
+    await using server = open({ passwordFile: file.path });
+    await using mallory = await Guest.connect(server.port);
+    await mallory.say("one", "two", "three", "sesame", "hello");
+    const wrong = [ASKED, "! That is not the password."];
+    assertEquals(await mallory.rest(), [
+      ...wrong,
+      ...wrong,
+      ...wrong,
+      ...LOCKED,
+    ]);
+  });
+  await t.step("over many connections", async () => {
+    await using server = open({ passwordFile: file.path });
+    for (let i = 0; i < 3; i++) {
+      await using mallory = Visitor.admit(server, "192.0.2.1");
+      assertEquals(await mallory.next(), ASKED);
+      mallory.say(`${i}`);
+      assertEquals(await mallory.next(), "! That is not the password.");
+      mallory.end();
+      await mallory.rest();
+    }
+    await using mallory = Visitor.admit(server, "192.0.2.1");
+    assertEquals(await mallory.rest(), LOCKED);
+    await using alice = Visitor.admit(server, "192.0.2.2");
+    alice.say("sesame");
+    assertEquals(await alice.next(), ASKED);
+    assertMatch((await alice.next())!, /Welcome/);
+    const { now } = performance;
+    try { // a minute later
+      performance.now = () => now.call(performance) + 61_000;
+      await using late = Visitor.admit(server, "192.0.2.1");
+      assertEquals(await late.next(), ASKED);
+      late.say("sesame");
+      assertMatch((await late.next())!, /Welcome/);
+    } finally {
+      performance.now = now;
+    }
+  });
+  await t.step("that were asked at the same time", async () => {
+    await using server = open({ passwordFile: file.path });
+    const crowd: Visitor[] = [];
+    for (let i = 0; i < 6; i++) {
+      crowd.push(Visitor.admit(server, "192.0.2.1"));
+      assertEquals(await crowd[i].next(), ASKED);
+    }
+    for (let i = 0; i < 5; i++) crowd[i].say(`${i}`);
+    crowd[5].say("sesame");
+    const answers = await Promise.all(crowd.map((guest) => guest.next()));
+    assertEquals(
+      answers.filter((line) => line === "! That is not the password.").length,
+      3,
+    );
+    assertEquals(answers.filter((line) => line === LOCKED[0]).length, 3);
+    for (const guest of crowd) await guest[Symbol.asyncDispose]();
+  });
+});
+
+Deno.test("a client that gives no name within 60 seconds is disconnected, and its place is free", async () => {
+  using _hurry = hurry(60_000);
+  await using server = open({ askName: true, maxClients: 2 });
+  await using one = await Guest.connect(server.port);
+  await using two = await Guest.connect(server.port);
+  for (const silent of [one, two]) {
+    const [question, answer, ...more] = await silent.rest();
+    assertMatch(question, /name\?$/);
+    assertMatch(answer, /^! That took too long\./);
+    assertEquals(more, []);
+  }
+  await using alice = await Guest.connect(server.port);
+  await alice.say("alice");
+  await alice.find(/room contains/);
+});
+
+Deno.test("a client that leaves or is disconnected gets a last line", async (t) => {
+  const operated = async (server: ChatServer, ...lines: string[]) =>
+    await server.operate(ReadableStream.from(lines), () => {});
+  await t.step("/quit", async () => {
+    await using server = open();
+    for (const command of ["/quit", "/exit", "/bye", "/quit so long"]) {
+      await using alice = await Guest.join(server.port);
+      await alice.say(command, "more", "lines");
+      assertEquals(await alice.rest(), [GOODBYE]);
+    }
+  });
+  await t.step("a kick", async () => {
+    await using server = open();
+    await using alice = await Guest.join(server.port);
+    await operated(server, "/kick guest1 too loud");
+    assertEquals(await alice.rest(), ["! You were kicked: too loud.", GOODBYE]);
+    await using bob = await Guest.join(server.port);
+    await operated(server, "/kick guest2");
+    assertEquals(await bob.rest(), ["! You were kicked.", GOODBYE]);
+  });
+  await t.step("none at the end of its own input", async () => {
+    await using server = open();
+    await using alice = await Guest.join(server.port);
+    await alice.conn.closeWrite();
+    assertEquals(await alice.rest(), []);
+  });
+  await t.step("none when the server stops", async () => {
+    const server = open();
+    await using alice = await Guest.join(server.port);
+    await server.stop();
+    assertEquals(await alice.rest(), ["* Shutdown Server"]);
+  });
+  await t.step("none in a raw room or with --ask-name", async () => {
+    await using raw = open({ raw: true });
+    await using alice = await Guest.connect(raw.port);
+    await using bob = await Guest.connect(raw.port);
+    await bob.say("hi");
+    assertEquals(await alice.next(), "hi");
+    await operated(raw, "/ban 127.0.0.1");
+    assertEquals(await alice.rest(), []);
+    await using named = open({ askName: true });
+    await using carol = await Guest.connect(named.port);
+    await carol.say("carol");
+    await carol.find(/room contains/);
+    await operated(named, "/kick carol");
+    assertEquals(await carol.rest(), ["! You were kicked."]);
+  });
+});
+
+Deno.test("a first line of another protocol is answered and not said", async (t) => {
+  const lines = [
+    "GET / HTTP/1.1",
+    "get / http/1.1",
+    "GET / HTTP/1.0",
+    "HEAD /x HTTP/2",
+    "OPTIONS * HTTP/1.1",
+    "OPTIONS / RTSP/1.0",
+    "DESCRIBE rtsp://x/ RTSP/1.0",
+    "OPTIONS sip:nm SIP/2.0",
+    "register sip:example.com SIP/2.0",
+    "SSH-2.0-OpenSSH_9.9",
+    "SSH-1.5-NmapNSE_1.0",
+    `GET /${"a".repeat(6_000)} HTTP/1.1`,
+  ];
+  for (const line of lines) {
+    await t.step(line.slice(0, 40), async () => {
+      await using server = open();
+      await using alice = await Guest.join(server.port);
+      await using scanner = await Guest.connect(server.port);
+      await scanner.send(`${line}\r\nVia: SIP/2.0/TCP nm\r\n\r\nhello\r\n`);
+      const answer = (await scanner.rest()).join("\n");
+      assertMatch(answer, /This is a Parley chat room\./);
+      assertEquals(await alice.next(), "* guest2 has entered the room");
+      assertMatch((await alice.next())!, /^\* guest2 has left the room \(/);
+      await alice.receivesNothing();
+      await using bob = await Guest.join(server.port);
+      await bob.say("first", line);
+      await alice.find(/first$/);
+      await alice.find(/^\[guest3\] \w/); // it is not the first line
+    });
+  }
+  await t.step("a sentence is said", async () => {
+    await using server = open();
+    await using alice = await Guest.join(server.port);
+    for (
+      const line of ["get well soon", "SSH is great", "options http/1.1 x"]
+    ) {
+      await using bob = await Guest.connect(server.port);
+      await bob.say(line);
+      await alice.find(new RegExp(`^\\[guest\\d+\\] ${line}$`));
+    }
+  });
+});
+
 Deno.test("a client that gives no password within 30 seconds is disconnected", async () => {
   using file = new TemporaryFile("x");
   using _hurry = hurry(30_000);
   await using server = open({ passwordFile: file.path });
   await using alice = await Guest.connect(server.port);
-  assertEquals(await alice.rest(), [ASKED, "! That took too long."]);
+  assertEquals(await alice.rest(), [
+    ASKED,
+    "! That took too long. Join again.",
+    GOODBYE,
+  ]);
 });
 
 Deno.test({
@@ -1073,7 +2589,7 @@ Deno.test({
 
     using first = await connectTls(server.port);
     await using alice = new Lines(first.readable);
-    await alice.find(/^\* The room contains/);
+    await alice.find(/^\* Nobody else is here yet/);
     using second = await connectTls(server.port);
     await using bob = new Lines(second.readable);
     await alice.find(/guest2 has entered/);
@@ -1110,7 +2626,7 @@ Deno.test({
     await server.operate(ReadableStream.from(["/ban 127.0.0.1"]), () => {});
     using banned = await Deno.startTls(conn, await tlsClientOptions());
     await using lines = new Lines(banned.readable);
-    assertEquals(await lines.rest(), ["! You were banned."]);
+    assertEquals(await lines.rest(), ["! You were banned.", GOODBYE]);
   },
 });
 
@@ -1121,10 +2637,13 @@ Deno.test({
     await using server = open({ ...await tlsOptions(), maxClients: 1 });
     using first = await connectTls(server.port);
     await using alice = new Lines(first.readable);
-    await alice.find(/^\* The room contains/);
+    await alice.find(/^\* Nobody else is here yet/);
     using second = await connectTls(server.port);
     await using bob = new Lines(second.readable);
-    assertEquals(await bob.rest(), ["! The room is full. Try again later."]);
+    assertEquals(await bob.rest(), [
+      "! The room is full. Try again later.",
+      GOODBYE,
+    ]);
   },
 });
 
@@ -1136,7 +2655,7 @@ Deno.test({
     await using server = open(await tlsOptions());
     using conn = await connectTls(server.port);
     await using alice = new Lines(conn.readable);
-    await alice.find(/^\* The room contains/);
+    await alice.find(/^\* Nobody else is here yet/);
     const client = new Deno.Command("openssl", {
       args: ["s_client", "-quiet", "-connect", `127.0.0.1:${server.port}`],
       stdin: "piped",
@@ -1145,7 +2664,7 @@ Deno.test({
     }).spawn();
     const input = client.stdin.getWriter();
     await using output = new Lines(client.stdout);
-    await output.find(/^\* The room contains/);
+    await output.find(/^\* Here now/);
     await input.write(encoder.encode("one\nlast"));
     await alice.find(/^\[guest2\] one$/);
     client.kill("SIGKILL");
@@ -1171,7 +2690,7 @@ Deno.test({
     );
     using first = await connectTls(program.port);
     await using alice = new Lines(first.readable);
-    await alice.find(/^\* The room contains/);
+    await alice.find(/^\* Nobody else is here yet/);
     const before = await program.descriptors();
     for (let wave = 0; wave < 2; wave++) {
       const crowd = await Promise.all(
@@ -1190,7 +2709,8 @@ Deno.test({
     }
     using last = await connectTls(program.port);
     await using bob = new Lines(last.readable);
-    await bob.find(/^\* The room contains/);
+    await bob.find(/^\* Here now/);
+    await alice.find(/guest2 has entered the room$/); // the others never had
   },
 });
 
@@ -1230,11 +2750,20 @@ Deno.test("the operator speaks as host, sees the room, kicks and bans", async (t
   await output.find(/^\* guest2 is now known as bob$/);
 
   await t.step("speaks as host", async () => {
-    await program.type("hello all", "//path", "\x1b[31mred");
+    await program.type("hello all", "/etc/motd", "//who", "\x1b[31mred");
     assertEquals(await alice.next(), "[host] hello all");
-    assertEquals(await alice.next(), "[host] /path");
+    assertEquals(await alice.next(), "[host] /etc/motd");
+    assertEquals(await alice.next(), "[host] /who");
     assertEquals(await alice.next(), "[host] red");
-    await bob.find(/red/);
+    await program.type("/me waves");
+    assertEquals(await alice.next(), "** host waves");
+    await bob.find(/^\*\* host waves$/);
+  });
+  await t.step("is listed, and keeps its name", async () => {
+    await alice.say("/who", "/who host", "/nick host");
+    assertEquals(await alice.next(), "* Here now: host, alice, bob (3)");
+    assertMatch((await alice.next())!, /^\* host /);
+    assertMatch((await alice.next())!, /^! The name host is reserved/);
   });
   await t.step("sees messages to everyone, and no private ones", async () => {
     await alice.say("/msg bob secret", "hi", "/me waves");
@@ -1242,60 +2771,86 @@ Deno.test("the operator speaks as host, sees the room, kicks and bans", async (t
     assertEquals(await output.next(), "** alice waves");
     await bob.find(/waves/);
     await alice.find(/secret/);
-    await bob.say("/msg host hi", "/nick host");
-    assertMatch((await bob.next())!, /^! Nobody here is called host/);
-    assertMatch((await bob.next())!, /^! The name host is reserved/);
   });
-  await t.step("lists who is here", async () => {
+  await t.step("sends and receives private messages", async () => {
+    await alice.say("/msg host help me");
+    assertEquals(await output.next(), "[alice -> you] help me");
+    assertEquals(await alice.next(), "[you -> host] help me");
+    await program.type("/reply with what?", "/msg bob hi");
+    assertEquals(await output.next(), "[you -> alice] with what?");
+    assertEquals(await alice.next(), "[host -> you] with what?");
+    assertEquals(await output.next(), "[you -> bob] hi");
+    assertEquals(await bob.next(), "[host -> you] hi");
+    await bob.say("/reply hello");
+    assertEquals(await output.next(), "[bob -> you] hello");
+    await bob.next();
+  });
+  await t.step("lists who is connected", async () => {
     await program.type("/who");
-    assertMatch((await output.next())!, /^\* alice 127\.0\.0\.1:\d+, 0 min$/);
-    assertMatch((await output.next())!, /^\* bob 127\.0\.0\.1:\d+, 0 min$/);
+    assertMatch(
+      (await output.next())!,
+      /^\* alice 127\.0\.0\.1:\d+, 0 minutes$/,
+    );
+    assertMatch(
+      (await output.next())!,
+      /^\* bob 127\.0\.0\.1:\d+, 0 minutes$/,
+    );
   });
   await t.step(
     "gets an answer to commands that cannot be carried out",
     async () => {
       await program.type(
-        "/dance",
+        "/kcik bob",
         "/kick",
         "/kick zoe",
+        "/kick host",
         "/ban zoe",
+        "/ban 10.0.0.0/33",
         "/unban 1.2.3.4",
       );
-      assertMatch((await output.next())!, /^! There is no command \/dance\./);
-      assertEquals(await output.next(), "! Type /kick NAME [REASON].");
-      assertMatch((await output.next())!, /^! Nobody here is called zoe/);
       assertMatch(
         (await output.next())!,
-        /^! Nobody here is called zoe, and it is no address/,
+        /^! Unknown command \/kcik\. .*\/kick/,
       );
+      assertMatch((await output.next())!, /^! Type \/kick NAME \[REASON\] \(/);
+      assertMatch((await output.next())!, /^! Nobody here is called zoe\./);
+      assertMatch((await output.next())!, /^! host /);
+      assertMatch((await output.next())!, /^! Nobody here is called zoe\./);
+      assertMatch((await output.next())!, /^! .*10\.0\.0\.0\/33/);
       assertMatch((await output.next())!, /^! 1\.2\.3\.4 is not banned/);
       await program.type("/help");
-      for (const name of ["who", "kick", "ban", "unban", "banned", "quit"]) {
+      for (
+        const name of ["who", "me", "msg", "reply", "kick", "ban", "unban"]
+      ) {
         await output.find(new RegExp(`^\\* /${name} `));
       }
-      await output.find(/^\* TEXT /);
+      await output.find(/^\* \/banned /);
+      await output.find(/^\* \/quit /);
+      await output.find(/^\* \/\/COMMAND /);
     },
   );
   await t.step("kicks a client", async () => {
-    await program.type("/kick bob too loud");
+    await program.type("/kick @bob, too loud");
     assertEquals(await bob.next(), "! You were kicked: too loud.");
+    assertEquals(await bob.next(), GOODBYE);
     assertEquals(await bob.next(), null);
-    assertEquals(
-      await alice.next(),
-      "* bob has left the room (kicked: too loud)",
-    );
-    assertEquals(
-      await output.next(),
-      "* bob has left the room (kicked: too loud)",
-    );
+    const notice = "* bob has left the room (kicked: too loud)";
+    assertEquals(await alice.next(), notice);
+    assertEquals(await output.next(), notice);
   });
   await t.step("bans and unbans an address", async () => {
     await using bob = await Guest.join(program.port, "bob");
-    await program.type("/ban 127.0.0.1", "/banned");
-    await output.find(/^\* 127\.0\.0\.1 is banned\.$/);
-    assert((await alice.rest()).includes("! You were banned."));
-    assert((await bob.rest()).includes("! You were banned."));
-    await output.find(/^\* 127\.0\.0\.1 is banned\.$/);
+    await program.type("/ban 127.0.0.1 spam");
+    assertEquals(
+      await output.find(/banned/),
+      "* 127.0.0.1 is banned. /unban 127.0.0.1 undoes this.",
+    );
+    for (const guest of [alice, bob]) {
+      assertEquals((await guest.rest()).slice(-2), [
+        "! You were banned: spam.",
+        GOODBYE,
+      ]);
+    }
     await using carol = await Guest.connect(program.port);
     assertEquals(await carol.next(), null);
     await program.type("/unban 127.0.0.1");
@@ -1303,16 +2858,303 @@ Deno.test("the operator speaks as host, sees the room, kicks and bans", async (t
     // The IPv4-mapped form is the same address; octal digits are no address.
     await program.type("/banned", "/ban ::ffff:7f00:1", "/ban 0177.0.0.1");
     await output.find(/^\* Nobody is banned\.$/);
-    await output.find(/^\* 127\.0\.0\.1 is banned\.$/);
-    await output.find(/^! Nobody here is called 0177\.0\.0\.1, and it is no/);
+    await output.find(/^\* 127\.0\.0\.1 is banned\./);
+    await output.find(/^! Nobody here is called 0177\.0\.0\.1/);
     await program.type("/unban 127.0.0.1");
     await output.find(/no longer/);
   });
   await t.step("may end standard input, and the room goes on", async () => {
     await program.typeEnd();
+    await output.find(/^The console has no more input\. The room goes on/);
     await using carol = await Guest.join(program.port, "carol");
-    await carol.settle();
+    await carol.say("/msg host hi");
+    assertMatch((await carol.next())!, /^! Nobody here is called host\./);
   });
+});
+
+/** The operator of a room in this process. */
+class Console extends Lines {
+  #typed: WritableStreamDefaultWriter<string>;
+  /** Resolves when the server takes no more lines. */
+  readonly ended: Promise<void>;
+
+  constructor(server: ChatServer) {
+    const output = new TransformStream<
+      Uint8Array<ArrayBuffer>,
+      Uint8Array<ArrayBuffer>
+    >(undefined, undefined, { highWaterMark: Infinity });
+    super(output.readable);
+    const printed = output.writable.getWriter();
+    printed.closed.catch(() => {});
+    const typed = new TransformStream<string, string>();
+    this.#typed = typed.writable.getWriter();
+    this.#typed.closed.catch(() => {});
+    this.ended = server.operate(typed.readable, (line) => {
+      printed.write(encoder.encode(line + "\n")).catch(() => {});
+    });
+  }
+
+  async type(...lines: string[]): Promise<void> {
+    for (const line of lines) await this.#typed.write(line);
+  }
+}
+
+Deno.test("no part of a console command that is too long is said, and no piece of a message is one", async () => {
+  using file = new TemporaryFile("");
+  await using server = open({ log: file.path, rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.find(/known as bob/);
+  await using host = new Console(server);
+  const long = "x".repeat(4_200) + " PIN 1234";
+  for (
+    const command of [
+      "/msg bob",
+      "/me",
+      "/kick bob",
+      "/ban bob",
+      "/quit",
+      "/mgs bob",
+      "\x1bOQ/msg bob",
+    ]
+  ) {
+    await host.type(`${command} ${long}`);
+    assertMatch((await host.next())!, /^! Nothing was sent: a command /);
+  }
+  const most = "x".repeat(LINE_BYTES);
+  await host.type(
+    `${most}/quit`,
+    `${most}/kick alice`,
+    "\x1bOQ/msg bob secret",
+  );
+  assertEquals(await host.next(), "[you -> bob] secret");
+  assertEquals(await bob.next(), `[host] ${most}`);
+  assertEquals(await bob.next(), "[host] /quit");
+  assertEquals(await bob.next(), `[host] ${most}`);
+  assertEquals(await bob.next(), "[host] /kick alice");
+  assertEquals(await bob.next(), "[host -> you] secret");
+  await alice.find(/^\[host\] \/kick alice$/);
+  await alice.receivesNothing();
+  await server.stop();
+  assertEquals(
+    logged(file),
+    [most, "/quit", most, "/kick alice"].map((line) => `[host] ${line}`),
+  );
+});
+
+Deno.test("/ban NAME refuses when others share the address, and tells which command does what", async () => {
+  await using server = open();
+  await using bob = Visitor.admit(server, "192.0.2.1");
+  bob.say("/nick bob");
+  await using carol = Visitor.admit(server, "192.0.2.1");
+  carol.say("/nick carol");
+  await using dave = Visitor.admit(server, "192.0.2.2");
+  dave.say("/nick dave");
+  await dave.find(/known as dave/);
+  await using host = new Console(server);
+  await host.type("/ban bob spam");
+  const answer = (await host.next())!;
+  assertMatch(answer, /^! Not banned: carol would be banned too\./);
+  assertMatch(answer, /\/ban 192\.0\.2\.1 .*\/kick bob /);
+  await host.type("/banned", "/ban dave spam", "/banned");
+  assertEquals(await host.next(), "* Nobody is banned.");
+  assertMatch((await host.next())!, /^\* 192\.0\.2\.2 is banned\./);
+  assertEquals((await dave.rest()).slice(-2), [
+    "! You were banned: spam.",
+    GOODBYE,
+  ]);
+  assertMatch(
+    await host.find(/ is banned since /),
+    /^\* 192\.0\.2\.2 \(dave\) is banned since \d{4}-\d\d-\d\d \d\d:\d\d: spam$/,
+  );
+  await host.type("/unban DAVE", "/unban dave", "/banned");
+  assertEquals(await host.next(), "* 192.0.2.2 is no longer banned.");
+  assertMatch((await host.next())!, /^! dave is not banned\. \/banned /);
+  assertEquals(await host.next(), "* Nobody is banned.");
+  await using back = Visitor.admit(server, "192.0.2.2");
+  assertMatch((await back.next())!, /Welcome/);
+});
+
+Deno.test("/ban takes a network", async () => {
+  const printed: string[] = [];
+  await using server = open({}, printed);
+  await using bob = Visitor.admit(server, "10.1.2.3");
+  await using carol = Visitor.admit(server, "::ffff:10.9.9.9");
+  await using dave = Visitor.admit(server, "11.0.0.1");
+  await dave.find(/Here now/);
+  await using host = new Console(server);
+  await host.type("/ban 10.1.2.3/8 spam");
+  assertEquals(
+    await host.find(/banned/),
+    "* 10.0.0.0/8 is banned. /unban 10.0.0.0/8 undoes this.",
+  );
+  for (const guest of [bob, carol]) {
+    assertEquals((await guest.rest()).at(-2), "! You were banned: spam.");
+  }
+  await using erin = Visitor.admit(server, "10.255.0.1");
+  assertEquals(await erin.rest(), []); // without a word
+  assertEquals(printed.at(-1), "Refused 10.255.0.1:1 (banned)");
+  dave.say("/quiet", "still here");
+  await host.find(/^\[guest3\] still here$/);
+  await host.type("/unban 10.0.0.0/8");
+  await host.find(/^\* 10\.0\.0\.0\/8 is no longer banned\.$/);
+  await using frank = Visitor.admit(server, "10.255.0.1");
+  assertMatch((await frank.next())!, /Welcome/);
+  await host.type("/ban 2001:db8::/32");
+  await host.find(/^\* 2001:db8::\/32 is banned\./);
+  await using grace = Visitor.admit(server, "2001:db8:1:2::3");
+  assertEquals(await grace.rest(), []);
+});
+
+Deno.test("refused connections are printed with the reason, at most one a second", async (t) => {
+  await t.step("with the reason", async () => {
+    const refusals: [Partial<Options>, command: string, line: string][] = [
+      [{ maxClients: 1 }, "", "the room is full"],
+      [{ maxPerAddress: 1 }, "", "--max-per-address"],
+      [{ allow: ["127.0.0.1"] }, "", "not in --allow"],
+      [{}, "/ban 192.0.2.1", "banned"],
+    ];
+    for (const [options, command, why] of refusals) {
+      const printed: string[] = [];
+      await using server = open(options, printed);
+      if (command) {
+        await server.operate(ReadableStream.from([command]), () => {});
+      } else if (!options.allow) {
+        Visitor.admit(server, "192.0.2.1");
+      }
+      await using guest = Visitor.admit(server, "192.0.2.1");
+      await guest.rest();
+      assertEquals(printed.at(-1), `Refused 192.0.2.1:1 (${why})`);
+    }
+  });
+  await t.step("at most one a second", async () => {
+    const printed: string[] = [];
+    await using server = open({ allow: ["127.0.0.1"] }, printed);
+    const { now } = performance;
+    try {
+      for (const seconds of [0, 0.5, 1.1, 1.2, 2.3]) {
+        performance.now = () => now.call(performance) + seconds * 1_000;
+        for (let i = 0; i < 10; i++) {
+          await Visitor.admit(server, "192.0.2.1").rest();
+        }
+      }
+    } finally {
+      performance.now = now;
+    }
+    assertEquals(printed, [
+      "Refused 192.0.2.1:1 (not in --allow)",
+      "Refused 192.0.2.1:1 (not in --allow), and 19 before it",
+      "Refused 192.0.2.1:1 (not in --allow), and 19 before it",
+    ]);
+  });
+});
+
+Deno.test("--console prints an event once", async (t) => {
+  const events = async (quiet: string[]) => {
+    await using program = await Program.start(["--console", ...quiet], {
+      typing: true,
+    });
+    const alice = await Guest.join(program.port, "alice");
+    await alice.say("hello");
+    await alice.settle();
+    await program.type("/kick alice bye");
+    await alice.rest();
+    await using bob = await Guest.join(program.port, "bob");
+    await bob.say("/quit tired");
+    await bob.rest();
+    program.child.kill("SIGTERM");
+    const lines = await program.output.rest();
+    return lines.map((line) => line.replace(/127\.0\.0\.1:\d+/, "ADDRESS"));
+  };
+  await t.step("as a report, with the address", async () => {
+    assertEquals(
+      await events([]),
+      [
+        "New Connection from ADDRESS (guest1, 1 here)",
+        "* guest1 is now known as alice",
+        "[alice] hello",
+        "Disconnected ADDRESS (alice, kicked: bye, 0 here)",
+        "New Connection from ADDRESS (guest2, 1 here)",
+        "* guest2 is now known as bob",
+        "Disconnected ADDRESS (bob, tired, 0 here)",
+        "Shutdown Server ......",
+      ],
+    );
+  });
+  await t.step("as a notice with --quiet", async () => {
+    assertEquals(await events(["--quiet"]), [
+      "* guest1 has entered the room",
+      "* guest1 is now known as alice",
+      "[alice] hello",
+      "* alice has left the room (kicked: bye)",
+      "* guest2 has entered the room",
+      "* guest2 is now known as bob",
+      "* bob has left the room (tired)",
+      "Shutdown Server ......",
+    ]);
+  });
+});
+
+Deno.test("--timestamps puts the time of day before printed lines too", async () => {
+  await using program = await Program.start(["--timestamps", "--console"], {
+    typing: true,
+  });
+  await using alice = await Guest.join(program.port);
+  assertMatch(
+    (await program.output.next())!,
+    /^\d\d:\d\d New Connection from 127\.0\.0\.1:\d+ \(guest1, 1 here\)$/,
+  );
+  await alice.say("hello");
+  assertMatch((await program.output.next())!, /^\d\d:\d\d \[guest1\] hello$/);
+  await alice.conn.closeWrite();
+  assertMatch(
+    (await program.output.next())!,
+    /^\d\d:\d\d Connection closed by 127\.0\.0\.1:\d+ /,
+  );
+});
+
+Deno.test("a name that was chosen is printed", async () => {
+  const printed: string[] = [];
+  await using server = open({ askName: true }, printed);
+  await using alice = await Guest.connect(server.port);
+  await alice.say("alice");
+  await alice.find(/room contains/);
+  const { port } = alice.conn.localAddr;
+  assertEquals(printed, [
+    `New Connection from 127.0.0.1:${port} (1 here)`,
+    `Name chosen by 127.0.0.1:${port} (alice, 1 here)`,
+  ]);
+});
+
+Deno.test("the end of the console's input is said", async () => {
+  await using program = await Program.start(["--console"]); // of /dev/null
+  await program.output.find(
+    /^The console has no more input\. The room goes on; Ctrl-C stops it\.$/,
+  );
+  await using alice = await Guest.join(program.port);
+  await alice.say("/who");
+  assertEquals(await alice.next(), "* Here now: guest1 (1)");
+});
+
+Deno.test({
+  name: "with TLS the first line tells how to join with TLS",
+  ignore: !OPENSSL,
+  async fn() {
+    const { cert, key } = await certificate();
+    const child = Program.command(
+      // deno-fmt-ignore: an option a line
+      ["--port", "0", "--tls-cert", cert, "--tls-key", key],
+      ["--allow-net", "--allow-read"],
+    ).spawn();
+    await using output = new Lines(child.stdout);
+    assertMatch(
+      (await output.next())!,
+      /^Listening on 0\.0\.0\.0:(\d+)\. Join with: ncat --ssl localhost \1$/,
+    );
+    child.kill("SIGTERM");
+    await child.status;
+    await child.stderr.cancel();
+  },
 });
 
 Deno.test("the operator stops the server with /quit", async () => {
@@ -1349,6 +3191,7 @@ Deno.test("public messages are written to the log file, which is the history of 
 
   await using second = open(options);
   await using carol = await Guest.join(second.port);
+  assertEquals(await carol.next(), "* Earlier:");
   assertMatch((await carol.next())!, /^\d\d:\d\d \*\* alice waves$/);
   assertMatch((await carol.next())!, /^\d\d:\d\d \[bob\] two$/);
   await carol.say("three");
@@ -1375,6 +3218,7 @@ Deno.test("a log file is read from its end, and an unfinished last line is ignor
   await using server = open({ log: file.path, history: 2 });
   assert(performance.now() - started < 200); // of 30 MB
   await using alice = await Guest.join(server.port);
+  assertEquals(await alice.next(), "* Earlier:");
   assertEquals(await alice.next(), "[old] " + "x".repeat(100));
   assertEquals(await alice.next(), "[old] last");
   await alice.say("new");
@@ -1391,6 +3235,8 @@ Deno.test("a line of the log file that is too long for the history is left out",
   );
   await using server = open({ log: file.path, history: 200 });
   await using alice = await Guest.join(server.port);
+  assertEquals(await alice.next(), "* Earlier:");
+  assertEquals(await alice.next(), "[old] one");
   assertEquals(await alice.next(), "[old] two");
 });
 
@@ -1407,6 +3253,170 @@ Deno.test("no part of a line of the log file is taken for a line", async () => {
     await using alice = await Guest.join(server.port);
     await alice.receivesNothing();
   }
+});
+
+Deno.test({
+  name: "only its owner can read a log file that the server has made",
+  ignore: !LINUX,
+  async fn() {
+    const directory = await Deno.makeTempDir();
+    const path = `${directory}/chat.log`;
+    await using server = open({ log: path });
+    await using _alice = await Guest.join(server.port);
+    assertEquals(Deno.statSync(path).mode! & 0o777, 0o600);
+    await Deno.remove(directory, { recursive: true });
+  },
+});
+
+/** What the program may do that has a log file. */
+const LOG_PERMISSIONS = ["--allow-net", "--allow-read", "--allow-write"];
+
+Deno.test({
+  name:
+    "without a terminal SIGHUP opens the log file anew, and no line is lost",
+  ignore: !LINUX,
+  async fn() {
+    const directory = await Deno.makeTempDir();
+    const path = `${directory}/chat.log`;
+    const lines = (path: string) =>
+      Deno.readTextFileSync(path).split("\n").slice(0, -1)
+        .map((line) => line.slice(25));
+    await using program = await Program.start(
+      ["--rate", "0", "--log", path],
+      { permissions: LOG_PERMISSIONS },
+    );
+    await using alice = await Guest.join(program.port, "alice");
+    await using bob = await Guest.join(program.port);
+    const files: string[] = [];
+    let sent = 0;
+    for (let rotation = 0; rotation < 3; rotation++) {
+      const batch = numbered(2_000).map((number) =>
+        `line ${sent + Number(number)}`
+      );
+      sent += batch.length;
+      await alice.say(...batch.slice(0, 1_000));
+      await bob.find(new RegExp(` ${sent - 1_500}$`)); // in the middle of a flood
+      files.push(`${path}.${rotation}`);
+      await Deno.rename(path, files.at(-1)!);
+      program.child.kill("SIGHUP");
+      await alice.say(...batch.slice(1_000));
+      await bob.find(new RegExp(` ${sent - 1}$`));
+      await eventually(async () => {
+        try {
+          return (await Deno.stat(path)).isFile;
+        } catch {
+          return false;
+        }
+      }, "the new file");
+      assertEquals(Deno.statSync(path).mode! & 0o777, 0o600);
+    }
+    program.child.kill("SIGTERM");
+    assertEquals((await within(program.child.status, "the exit")).code, 0);
+    assertEquals(
+      [...files, path].flatMap(lines),
+      numbered(sent, "[alice] line "),
+    );
+    assert(lines(path).length > 0 || lines(files[2]).length > 0);
+    assertEquals(await program.errors.rest(), []);
+    await Deno.remove(directory, { recursive: true });
+  },
+});
+
+Deno.test({
+  name:
+    "a log file that cannot be opened anew is reported, and the old one stays in use",
+  ignore: !LINUX,
+  async fn() {
+    const directory = await Deno.makeTempDir();
+    const folder = `${directory}/logs`, moved = `${directory}/moved`;
+    await Deno.mkdir(folder);
+    await using program = await Program.start(
+      ["--log", `${folder}/chat.log`],
+      { permissions: LOG_PERMISSIONS },
+    );
+    await using alice = await Guest.join(program.port, "alice");
+    await Deno.rename(folder, moved);
+    program.child.kill("SIGHUP");
+    assertEquals(
+      await program.errors.next(),
+      `parley: Cannot open ${folder}/chat.log: ` +
+        `the folder ${folder}/ does not exist (create it first)`,
+    );
+    await alice.say("hello");
+    await eventually(
+      () =>
+        /\[alice\] hello\n$/.test(Deno.readTextFileSync(`${moved}/chat.log`)),
+      "the line in the old file",
+    );
+    await Deno.remove(directory, { recursive: true });
+  },
+});
+
+Deno.test({
+  name: "SIGHUP under nohup leaves a room without a log file running",
+  ignore: !LINUX,
+  async fn() {
+    await using program = await Program.start();
+    await using alice = await Guest.join(program.port);
+    program.child.kill("SIGHUP");
+    await alice.settle();
+    program.child.kill("SIGHUP");
+    await using bob = await Guest.join(program.port);
+    await bob.say("hello");
+    await alice.find(/^\[guest2\] hello$/);
+  },
+});
+
+Deno.test({
+  name:
+    "a terminal that is closed stops the server, and the log file has every line",
+  ignore: !LINUX || !installed("script"),
+  async fn(t) {
+    for (const how of ["SIGHUP", "closed"]) {
+      await t.step(how, async () => {
+        using file = new TemporaryFile("");
+        // deno-fmt-ignore: an option a line
+        const words = [
+          Deno.execPath(), "run", ...LOG_PERMISSIONS, MAIN,
+          "--host", "127.0.0.1", "--port", "0", "--rate", "0",
+          "--log", file.path,
+        ];
+        const terminal = new Deno.Command("script", {
+          args: ["-qefc", `echo PID $$; exec ${words.join(" ")}`, "/dev/null"],
+          stdin: "piped",
+          stdout: "piped",
+          env: { NO_COLOR: "1" },
+        }).spawn();
+        await using output = new Lines(terminal.stdout);
+        const pid = Number((await output.find(/^PID \d+/)).slice(4));
+        const listening = await output.find(/^Listening on /);
+        const port = Number(/:(\d+)\. Join/.exec(listening)![1]);
+        await using alice = await Guest.join(port, "alice");
+        await using bob = await Guest.join(port);
+        await alice.say(...numbered(3_000, "line "));
+        await bob.find(/line 1000$/); // and the others are on their way
+        if (how === "SIGHUP") {
+          Deno.kill(pid, "SIGHUP");
+          await output.find(/^Shutdown Server \.{6}\s*$/);
+        } else terminal.kill("SIGKILL");
+        const received = await bob.rest();
+        assertEquals(received.pop(), "* Shutdown Server");
+        await alice.rest();
+        await within(terminal.status, "the exit");
+        await eventually(() => {
+          try {
+            Deno.kill(pid, "SIGCONT");
+            return false;
+          } catch {
+            return true;
+          }
+        }, "the end of the process");
+        const log = logged(file);
+        assertEquals(log.slice(1_001), received);
+        await terminal.stdin.close().catch(() => {});
+      });
+    }
+  },
 });
 
 Deno.test({
@@ -1470,12 +3480,12 @@ Deno.test("a file that cannot be used gives one line and exit status 1", async (
     [
       ["--password-file", empty.path],
       [`--allow-read=${empty.path}`],
-      `Cannot use ${empty.path}: its first line is to be the password, at most 4096 bytes of UTF-8`,
+      `Cannot use ${empty.path}: its first line has to be the password, at most 4096 bytes of UTF-8`,
     ],
     [
       ["--password-file", unicode.path],
       [`--allow-read=${unicode.path}`],
-      `Cannot use ${unicode.path}: its first line is to be the password, at most 4096 bytes of UTF-8`,
+      `Cannot use ${unicode.path}: its first line has to be the password, at most 4096 bytes of UTF-8`,
     ],
     [
       ["--password-file", "/no/such"],
@@ -1493,23 +3503,35 @@ Deno.test("a file that cannot be used gives one line and exit status 1", async (
       `Cannot open ${file.path}: it is not permitted (run it with --allow-read=${file.path} --allow-write=${file.path})`,
     ],
     [
+      ["--motd", "/no/such"],
+      ["--allow-read"],
+      "Cannot read /no/such: there is no such file",
+    ],
+    [
       ["--log", "/"],
       ["--allow-read", "--allow-write"],
       "Cannot open /: Is a directory (os error 21): open '/'",
     ],
     [
+      ["--log", "/proc/nope"],
+      ["--allow-all"],
+      "Cannot open /proc/nope: No such file or directory (os error 2): open '/proc/nope'",
+    ],
+    [
       ["--log", "/no/such/file"],
       ["--allow-read", "--allow-write"],
-      "Cannot open /no/such/file: there is no such file",
+      "Cannot open /no/such/file: the folder /no/such/ does not exist (create it first)",
     ],
   ];
   for (const [args, permissions, message] of cases) {
     await t.step(message.replaceAll(/\/tmp\/\w+/g, "FILE"), async () => {
       assertEquals(
-        await run(["--host", "127.0.0.1", "-p", "0", ...args], [
-          "--allow-net",
-          ...permissions,
-        ]),
+        await run(
+          ["--host", "127.0.0.1", "-p", "0", ...args],
+          permissions.includes("--allow-all")
+            ? permissions
+            : ["--allow-net", ...permissions],
+        ),
         { code: 1, output: "", errors: `parley: ${message}\n` },
       );
     });
@@ -1593,8 +3615,11 @@ Deno.test("a command line that cannot be used gives one line and exit status 2",
       "Cannot use --tls-cert alone: give --tls-key FILE too",
     ],
     ["--tls-key k.pem", "Cannot use --tls-key alone: give --tls-cert FILE too"],
-    ["8008", "Unexpected argument 8008 (every option begins with --)"],
-    ["0", "Unexpected argument 0 (every option begins with --)"],
+    [
+      "8008",
+      "Unexpected argument 8008 (options are written --port 8008 or -p 8008)",
+    ],
+    ["0", "Unexpected argument 0 (options are written --port 8008 or -p 8008)"],
   ];
   for (const [args, message] of cases) {
     await t.step(args, async () => {
@@ -1660,10 +3685,12 @@ Deno.test("--help fits 80 columns and names every option and default", async () 
   const flags: [string, string][] = [
     ["--host ADDRESS", "(0.0.0.0)"],
     ["-p, --port PORT", "(8008)"],
+    ["--reuse-port", ""],
     ["--raw", ""],
     ["--ask-name", ""],
     ["--timestamps", ""],
     ["--history LINES", "(20)"],
+    ["--motd FILE", "(none)"],
     ["--rate LINES", "(20)"],
     ["--max-clients N", "(10000)"],
     ["--max-per-address N", "(0)"],
@@ -1862,6 +3889,52 @@ Deno.test("a connection whose methods throw disconnects its own client only", as
   await alice.settle();
 });
 
+Deno.test("a connection whose read or write resolves to nothing costs itself only", async (t) => {
+  // As JavaScript can resolve them.
+  const nothing = [0, -1, NaN, undefined] as number[];
+  for (const count of nothing) {
+    await t.step(`read: ${count}`, async () => {
+      await using server = open();
+      await using alice = await Guest.join(server.port, "alice");
+      const broken = admit(server, { read: () => Promise.resolve(count) });
+      await within(broken.closed, "the close");
+      await alice.find(/has left the room$/);
+      await alice.settle();
+    });
+    await t.step(`write: ${count}`, async () => {
+      await using server = open();
+      await using alice = await Guest.join(server.port, "alice");
+      const broken = admit(server, { write: () => Promise.resolve(count) });
+      await within(broken.closed, "the close");
+      await alice.find(/has left the room$/);
+      await alice.settle();
+    });
+  }
+  await t.step("before it has given a password", async () => {
+    using file = new TemporaryFile("sesame");
+    await using server = open({ passwordFile: file.path });
+    for (const count of nothing) {
+      const broken = admit(server, { read: () => Promise.resolve(count) });
+      await within(broken.closed, "the close");
+    }
+  });
+});
+
+Deno.test("operate ends with the server", async () => {
+  const server = open();
+  let returned = false;
+  const silent = { [Symbol.asyncIterator]: () => ({ next: never }) };
+  const operating = server.operate(silent, () => {}).then(() =>
+    returned = true
+  );
+  await using alice = await Guest.join(server.port);
+  await alice.say("/who");
+  assertEquals(await alice.next(), "* Here now: host, guest1 (2)");
+  assertEquals(returned, false);
+  await server.stop();
+  await within(operating, "the end of operate");
+});
+
 Deno.test("console input that begins after the end does not delay it", async () => {
   const printed: string[] = [];
   const server = open({}, printed);
@@ -1894,6 +3967,14 @@ Deno.test("a port can be used again as soon as its room is stopped", async () =>
 
 // -- faults
 
+/** Waits until so many people are in the room. */
+async function counts(guest: Guest, people: number): Promise<void> {
+  await eventually(async () => {
+    await guest.say("/who");
+    return (await guest.find(/^\* Here now: /)).endsWith(` (${people})`);
+  }, `there are ${people} people`);
+}
+
 /** Tests that a room in which alice is recovers from a fault: the same people and
  * descriptors, little more memory, nothing on standard error. */
 function recovers(
@@ -1913,8 +3994,7 @@ function recovers(
         async () => await program.descriptors() <= descriptors,
         "the descriptors are back",
       );
-      await alice.say("/who");
-      await alice.find(/^\* The room contains: alice$/);
+      await counts(alice, 1);
       const more = await program.memory() - memory;
       assert(more < 40, `${more} MiB more`);
       program.child.kill("SIGTERM");
@@ -1936,9 +4016,9 @@ recovers(
     await bob.say("a whole one");
     await alice.find(/^\[bob\] a whole one$/);
     for (const guest of guests) {
-      await guest[Symbol.asyncDispose]();
+      await guest.conn.closeWrite();
       await alice.find(/^\[guest\d+\] half a li$/); // it was the end of the input
-      await alice.find(/^\* guest\d+ has left the room$/);
+      await guest.rest();
     }
   },
 );
@@ -1949,16 +4029,12 @@ recovers(
     const conns: Deno.TcpConn[] = [];
     for (let i = 0; i < 20; i++) {
       conns.push(await Deno.connect({ port: program.port }));
-      await alice.find(/has entered the room$/);
     }
+    await counts(alice, 21);
     await flood(alice, 3_000); // more than their buffers take
     await alice.settle();
     for (const conn of conns) conn.close(); // with unread input: a reset
-    for (let left = 0; left < 20; left++) {
-      await alice.find(
-        /has left the room$/,
-      );
-    }
+    await counts(alice, 1);
   },
 );
 
@@ -2039,7 +4115,7 @@ Deno.test("a system clock that jumps does not change the rate limit", async () =
   const { now } = Date;
   try {
     // The first 500 lines are not paced, the others are: 30 lines in 300 ms.
-    for (const [hours, lines] of [[-24, burst + 30], [48, 30]]) {
+    for (const [hours, lines] of [[-24, burst + 60], [48, 80]]) {
       Date.now = () => now() + hours * 3_600_000;
       const started = performance.now();
       await alice.say(...numbered(lines, "line "));

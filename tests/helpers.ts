@@ -18,9 +18,17 @@ export const WAIT_MILLISECONDS = 8_000;
 export const LINUX = Deno.build.os === "linux";
 
 /** The commands of telnet (RFC 854) that the tests send. */
-export const IAC = 255, DO = 253, WONT = 252, WILL = 251, SB = 250;
+export const IAC = 255, DONT = 254, DO = 253, WONT = 252, WILL = 251, SB = 250;
 /** Interrupt Process and the end of a subnegotiation. */
 export const IP = 244, SE = 240;
+/** Are You There, Erase Character, Erase Line, No Operation, Data Mark. */
+export const AYT = 246, EC = 247, EL = 248, NOP = 241, DM = 242;
+/** An option (RFC 856). */
+export const BINARY = 0;
+
+/** The last line to a client that leaves or is disconnected. */
+export const GOODBYE =
+  "* Goodbye. If your client stays open, press Enter or Ctrl-C.";
 
 /** The most bytes of a message; a longer one is passed on in pieces. */
 export const LINE_BYTES = 4_096;
@@ -44,8 +52,9 @@ export async function within<T>(
   milliseconds = WAIT_MILLISECONDS,
 ): Promise<T> {
   let timer;
+  const error = new Error(`Late: ${what}`); // here, so that it says which test line
   const late = new Promise<never>((_, reject) => {
-    timer = setTimeout(() => reject(new Error(`Late: ${what}`)), milliseconds);
+    timer = setTimeout(() => reject(error), milliseconds);
   });
   try {
     return await Promise.race([promise, late]);
@@ -87,6 +96,18 @@ export function hurry(milliseconds: number): Disposable {
   return {
     [Symbol.dispose]() {
       globalThis.setTimeout = setTimeout;
+    },
+  };
+}
+
+/** Lets the clock of this process, `performance.now`, run ten times as fast, until
+ * it is disposed of. Timers keep their time. */
+export function fastClock(): Disposable {
+  const { now } = performance, start = performance.now();
+  performance.now = () => start + 10 * (now.call(performance) - start);
+  return {
+    [Symbol.dispose]() {
+      performance.now = now;
     },
   };
 }
@@ -157,7 +178,7 @@ export class Guest extends Lines {
   /** Connects, reads the greeting, and takes the name if one is given. */
   static async join(port: number, name?: string): Promise<Guest> {
     const guest = await Guest.connect(port);
-    await guest.find(/^\* The room contains: /);
+    await guest.find(/^\* (Here now: |Nobody else is here yet)/);
     if (name) {
       await guest.say(`/nick ${name}`);
       await guest.find(new RegExp(`is now known as ${name}$`));
@@ -179,13 +200,13 @@ export class Guest extends Lines {
   /** Waits until the server has read everything that was sent before. */
   async settle(): Promise<void> {
     await this.say("/settled");
-    await this.find(/^! There is no command \/settled/);
+    await this.find(/^! Unknown command \/settled/);
   }
 
   /** Fails if the server has sent a line that was not read yet. */
   async receivesNothing(): Promise<void> {
     await this.say("/settled");
-    assertMatch((await this.next())!, /^! There is no command \/settled/);
+    assertMatch((await this.next())!, /^! Unknown command \/settled/);
   }
 }
 
@@ -226,6 +247,64 @@ export async function stall(program: Program): Promise<Deno.TcpConn[]> {
   await sender[Symbol.asyncDispose]();
   await program.output.find(new RegExp(`by .*:${sender.conn.localAddr.port} `));
   return stalled;
+}
+
+/** A client in memory, from any address. */
+export class Visitor extends Lines {
+  #typed: Uint8Array[] = [];
+  #ended = false;
+  #wake: (() => void) | null = null;
+
+  private constructor(output: ReadableStream<Uint8Array<ArrayBuffer>>) {
+    super(output);
+  }
+
+  /** Connects to the room as if from `hostname`. */
+  static admit(server: ChatServer, hostname: string): Visitor {
+    const output = new TransformStream<
+      Uint8Array<ArrayBuffer>,
+      Uint8Array<ArrayBuffer>
+    >(undefined, undefined, { highWaterMark: Infinity });
+    const writer = output.writable.getWriter();
+    writer.closed.catch(() => {});
+    const visitor = new Visitor(output.readable);
+    server.admit({
+      read: (buffer) => visitor.#read(buffer),
+      write(bytes) {
+        writer.write(bytes.slice()).catch(() => {}); // nobody reads it any more
+        return Promise.resolve(bytes.length);
+      },
+      close() {
+        writer.close().catch(() => {});
+        visitor.end();
+      },
+    }, { hostname, port: 1 });
+    return visitor;
+  }
+
+  async #read(buffer: Uint8Array): Promise<number | null> {
+    while (this.#typed.length === 0) {
+      if (this.#ended) return null;
+      await new Promise<void>((resolve) => this.#wake = resolve);
+    }
+    const bytes = this.#typed.shift()!, part = bytes.subarray(0, buffer.length);
+    buffer.set(part);
+    if (part.length < bytes.length) {
+      this.#typed.unshift(bytes.subarray(part.length));
+    }
+    return part.length;
+  }
+
+  say(...lines: string[]): void {
+    this.#typed.push(encoder.encode(lines.map((line) => line + "\n").join("")));
+    this.#wake?.();
+  }
+
+  /** Ends its input. */
+  end(): void {
+    this.#ended = true;
+    this.#wake?.();
+  }
 }
 
 /** Where the connections in memory say that they come from. */
