@@ -2,9 +2,11 @@
  * The clients that people have, run as programs against a room in this process.
  * Where a program is not installed, its tests are reported as ignored.
  */
-import { assert, assertEquals } from "@std/assert";
+import { assertEquals } from "@std/assert";
 import {
   connectTls,
+  eventually,
+  finished,
   GOODBYE,
   installed,
   Lines,
@@ -16,6 +18,23 @@ import {
 } from "./helpers.ts";
 
 const encoder = new TextEncoder();
+
+// Debian installs tt++ there, which is not on everyone's path.
+Deno.env.set("PATH", `${Deno.env.get("PATH")}:/usr/games`);
+
+/** The clients that busybox has: which ones, its distributor chose. */
+const BUSYBOX = installed("busybox")
+  ? (await finished(new Deno.Command("busybox", { args: ["--list"] }))).output
+    .split("\n")
+  : [];
+
+/** Whether the program that a command starts is installed. */
+function canStart(command: string): boolean {
+  const words = command.split(" ");
+  if (words[0] === "busybox") return BUSYBOX.includes(words[1]);
+  if (words[0] === "rlwrap" && !installed("nc.openbsd")) return false;
+  return installed(words[0]);
+}
 
 /** A client program: its lines are what it prints. */
 class ClientProgram extends Lines {
@@ -51,6 +70,16 @@ class ClientProgram extends Lines {
   /** Waits until it exits by itself. */
   async exited(): Promise<void> {
     await within(this.#child.status, "the client's exit");
+  }
+
+  /** Presses Enter until it exits. */
+  async pressEnter(): Promise<void> {
+    let running = true;
+    this.#child.status.then(() => running = false);
+    await eventually(async () => {
+      if (running) await this.type("\n").catch(() => {});
+      return !running;
+    }, "the client's exit");
   }
 
   override async [Symbol.asyncDispose](): Promise<void> {
@@ -134,7 +163,8 @@ const CLIENTS: TestedClient[] = [
   { name: "plink -raw", command: "plink -batch -raw -P PORT 127.0.0.1",
     piped: ["plink -batch -raw -P PORT 127.0.0.1"] },
   { name: "plink -telnet", command: "plink -batch -telnet -P PORT 127.0.0.1" },
-  { name: "busybox nc", command: "busybox nc 127.0.0.1 PORT" },
+  { name: "busybox nc", command: "busybox nc 127.0.0.1 PORT",
+    piped: ["busybox nc 127.0.0.1 PORT"] },
   { name: "busybox telnet", command: "busybox telnet 127.0.0.1 PORT" },
   { name: "openssl s_client", encrypted: true, closesAtOnce: true,
     command: "openssl s_client -quiet -connect 127.0.0.1:PORT",
@@ -145,7 +175,7 @@ for (const client of CLIENTS) {
   const { name, command, piped = [], encrypted, closesAtOnce } = client;
   Deno.test({
     name: `${name} sends and prints lines unchanged`,
-    ignore: !installed(command.split(" ")[0]) || (encrypted && !OPENSSL),
+    ignore: !canStart(command) || (encrypted && !OPENSSL),
     async fn(t) {
       await t.step("typed", async () => {
         await using meeting = await meet(command, { encrypted });
@@ -158,9 +188,14 @@ for (const client of CLIENTS) {
         assertEquals(await client.next(), "[guest1] Grüße, 世界 🙂");
         await client.type("/quit bye\n");
         assertEquals(await room.next(), "* guest2 has left the room (bye)");
+        assertEquals(await client.next(), GOODBYE);
         await client.typeEnd(); // some exit only then, whatever the server does
         await client.exited();
-        assert((await client.rest()).includes(GOODBYE)); // busybox adds to it
+        // Nothing more of the room's; busybox adds words of its own.
+        const more = (await client.rest()).filter((line) =>
+          /^[[*!]/.test(line)
+        );
+        assertEquals(more, []);
       });
 
       for (const command of piped) {
@@ -189,31 +224,58 @@ function testInTerminal(
   command: string,
   fn: (meeting: Awaited<ReturnType<typeof meet>>) => Promise<void>,
 ): void {
-  const [program, argument] = command.split(" ");
-  const programs = ["script", program];
-  if (program === "rlwrap") programs.push(argument);
   Deno.test({
     name,
-    ignore: !LINUX || !programs.every(installed),
+    ignore: !LINUX || !installed("script") || !canStart(command),
     async fn() {
       await using meeting = await meet(
         `script -qfc 'stty rows 24 cols 80; TERM=xterm ${command}' /dev/null`,
       );
+      // No `^`: some begin a line by moving within the one before.
+      await meeting.client.find(/\* Here now: guest1/);
       await fn(meeting);
     },
   });
 }
 
+// These do not exit when the server closes the connection.
+for (
+  const [name, command] of [
+    ["nc.openbsd", "nc.openbsd 127.0.0.1 PORT"],
+    ["ncat", "ncat 127.0.0.1 PORT"],
+    ["plink -raw", "plink -batch -raw -P PORT 127.0.0.1"],
+  ]
+) {
+  for (const key of ["Enter", "Ctrl-C"]) {
+    testInTerminal(
+      `${name} shows the goodbye after /quit, and ends with ${key}`,
+      command,
+      async ({ client, room }) => {
+        await client.type("/quit\n");
+        await client.find(/^\* Goodbye\. .* press Enter or Ctrl-C\.\^$/);
+        assertEquals(await room.next(), "* guest2 has left the room");
+        if (key === "Ctrl-C") {
+          await client.type("\x03");
+          await client.exited();
+        } else await client.pressEnter();
+      },
+    );
+  }
+}
+
 testInTerminal(
-  "telnet prints lines after its interrupt (Ctrl-C), and is told how to leave",
+  "telnet's interrupt (Ctrl-C) is answered with how to leave, and telnet goes on",
   "telnet 127.0.0.1 PORT",
   async ({ client, room, say }) => {
-    await client.find(/^\* Here now: guest1/);
-    // Ctrl-C sends DO TIMING-MARK too, and telnet prints nothing before its answer.
+    // It sends DO TIMING-MARK too, and prints nothing more before the answer.
     await client.type("\x03");
     await client.find(/\* To leave, type \/quit\./); // behind its ^C
     await client.type("one\n");
     assertEquals(await room.next(), "[guest2] one");
+    await client.type("half a li\x03"); // the terminal drops what it interrupts
+    await client.find(/\* To leave, type \/quit\./);
+    await client.type("two\n");
+    assertEquals(await room.next(), "[guest2] two");
     await say("still there?");
     await client.find(/^\[guest1\] still there\?/);
     await client.type("/quit\n");
@@ -224,33 +286,41 @@ testInTerminal(
 );
 
 testInTerminal(
-  "telnet's AYT is answered, and its Synch eats nothing",
+  "telnet's `send ayt` is answered, and its `send synch` changes no line",
   "telnet 127.0.0.1 PORT",
   async ({ client, room }) => {
-    await client.find(/^\* Here now: guest1/);
-    const escape = "\x1d"; // Ctrl-]
-    await client.type(escape);
-    await client.find(/^\^?telnet> |\^\]/);
-    await client.type("send ayt\n");
-    await client.find(/^\* Yes, Parley is here\./);
-    await client.type("before\n");
-    assertEquals(await room.next(), "[guest2] before");
-    await client.type(escape);
-    await client.type("send synch\n");
+    const escape = "\x1d"; // Ctrl-], for a command of telnet's own
+    await client.type(escape + "send ayt\n");
+    await client.find(/\* Yes, Parley is here\./); // behind the prompt
+    await client.type("one\n");
+    assertEquals(await room.next(), "[guest2] one");
+    await client.type(escape + "send synch\n");
+    await client.type("two\n");
+    // Its IAC is urgent data, so that only its DM arrives, which is no UTF-8.
+    const line = await room.next();
+    assertEquals(line!.replace("\ufffd", ""), "[guest2] two");
+    await client.type(escape + "send synch\n");
     await client.type("/msg guest1 secret\n");
     assertEquals(await room.next(), "[guest2 -> you] secret");
+    await client.find(/\[you -> guest1\] secret/); // behind the prompt
   },
 );
 
 testInTerminal(
-  "telnet sends letters of any script unchanged once the server has asked for it",
+  "telnet sends every letter unchanged from its second line on",
   "telnet 127.0.0.1 PORT",
-  async ({ client, room }) => {
-    await client.find(/^\* Here now: guest1/);
-    await client.type("\x03"); // its first telnet command
-    await client.find(/\* To leave, type \/quit\./); // behind its ^C
-    await client.type("Ü 日本語 🙂\n");
-    assertEquals(await room.next(), "[guest2] Ü 日本語 🙂");
+  async ({ client, room, say }) => {
+    const line = "Ü 日本語 🙂 Ç";
+    // It takes some bytes of the first for keys, and sends a command for each: the
+    // first is answered with IAC DO BINARY.
+    await client.type(line + "\n");
+    await room.find(/^\[guest2\] /);
+    await say("received");
+    await client.find(/^\[guest1\] received/); // and so what came before
+    for (let i = 0; i < 2; i++) {
+      await client.type(line + "\n");
+      assertEquals(await room.next(), `[guest2] ${line}`);
+    }
   },
 );
 
@@ -258,40 +328,63 @@ testInTerminal(
   "socat in raw mode sends a line with Enter, and Backspace erases",
   "socat -,raw,echo=1 TCP:127.0.0.1:PORT",
   async ({ client, room }) => {
-    await client.find(/^\* Here now: guest1/);
     await client.type("helo\x7flo\r");
     assertEquals(await room.next(), "[guest2] hello");
     await client.type("/msg guest1 PIM\bN\r");
     assertEquals(await room.next(), "[guest2 -> you] PIN");
+    await client.type("/quit now\x7f\x7f\x7fbye\r");
+    assertEquals(await room.next(), "* guest2 has left the room (bye)");
+    await client.find(/\* Goodbye\./);
+    await client.exited();
   },
 );
 
 testInTerminal(
-  "rlwrap nc edits a line before it is sent",
-  "rlwrap nc.openbsd 127.0.0.1 PORT",
+  "busybox telnet, whose terminal is raw, sends a line with Enter",
+  "busybox telnet 127.0.0.1 PORT",
   async ({ client, room, say }) => {
-    await client.find(/\* Here now: guest1/);
-    await client.type("one\n");
+    await client.type("Ü 日本語 🙂\r");
+    assertEquals(await room.next(), "[guest2] Ü 日本語 🙂");
+    await say("Grüße");
+    await client.find(/^\[guest1\] Grüße/);
+    await client.type("/quit\r");
+    assertEquals(await room.next(), "* guest2 has left the room");
+    await client.find(/\* Goodbye\./);
+    await client.exited();
+  },
+);
+
+testInTerminal(
+  "rlwrap nc recalls and edits lines, and Tab completes names",
+  'rlwrap -r -S "> " -H /dev/null nc.openbsd 127.0.0.1 PORT',
+  async ({ client, room, say }) => {
+    await client.type("one\r");
     assertEquals(await room.next(), "[guest2] one");
-    await say("hello");
-    await client.find(/\[guest1\] hello/);
-    await client.type("\x1b[A!\n"); // the line before, and more
+    await client.type("\x1b[A!\r"); // Up: the line before, and more
     assertEquals(await room.next(), "[guest2] one!");
+    await say("/nick alexandra");
+    assertEquals(await room.next(), "* guest1 is now known as alexandra");
+    await client.find(/\* guest1 is now known as alexandra/);
+    await client.type("/msg alex\thello\r");
+    assertEquals(await room.next(), "[guest2 -> you] hello");
+    await client.find(/\[you -> alexandra\] hello/);
+    await client.type("/quit\r");
+    assertEquals(await room.next(), "* guest2 has left the room");
+    await client.find(/\* Goodbye\./);
   },
 );
 
 testInTerminal(
   "tintin++ sends and shows lines",
-  '/usr/games/tt++ -G -e "#session room 127.0.0.1 PORT"',
+  'tt++ -G -e "#session room 127.0.0.1 PORT"',
   async ({ client, room, say }) => {
-    await client.find(/Here now: guest1/);
-    await client.type("hello from tintin\r");
-    assertEquals(await room.next(), "[guest2] hello from tintin");
+    await client.type("Ü 日本語 from tintin\r");
+    assertEquals(await room.next(), "[guest2] Ü 日本語 from tintin");
     await say("Grüße, 世界");
     await client.find(/\[guest1\] Grüße, 世界/);
     await client.type("/quit bye\r");
     assertEquals(await room.next(), "* guest2 has left the room (bye)");
-    await client.find(/Goodbye/);
+    await client.find(/\* Goodbye\./);
   },
 );
 
