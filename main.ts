@@ -1939,7 +1939,11 @@ class Client extends Person implements Sink, TurnTaker {
   async #handshake(): Promise<void> {
     const fail = () => this.leave("no TLS", { drain: false });
     this.#setDeadline(ANSWER_MILLISECONDS, fail);
-    await this.connection.handshake!().catch(fail);
+    try {
+      await this.connection.handshake!();
+    } catch {
+      fail();
+    }
     if (!this.left) clearTimeout(this.#deadline);
   }
 
@@ -2193,6 +2197,7 @@ class Client extends Person implements Sink, TurnTaker {
     for (let others = 0; others < MOST_COMMANDS; others++) {
       const mayTalk = this.#tokens >= 1 || this.room.options.rate === 0;
       if (this.left || this.#asked || !this.#hasLine || !mayTalk) return;
+      if (this.reader.isBacklogged) return; // it takes the answers first
       if (this.#isOtherProtocol() || this.#saySome()) return;
     }
   }
@@ -3032,7 +3037,9 @@ export class ChatServer implements AsyncDisposable {
     const { why, answer } = this.#access.take(address);
     if (why) {
       this.#reportRefusal(`${formatAddress(address, remote.port)} (${why})`);
-      refuse(connection, answer);
+      const { raw, askName } = this.#options;
+      const goodbye = raw || askName ? "" : GOODBYE;
+      refuse(connection, answer && `! ${answer}\n${goodbye}`);
       return;
     }
     const client = new Client(
@@ -3081,7 +3088,7 @@ async function refuse(connection: Connection, answer: string): Promise<void> {
   try {
     if (answer) {
       await connection.handshake?.();
-      await connection.write(encoder.encode(`! ${answer}\n${GOODBYE}`));
+      await connection.write(encoder.encode(answer));
       await connection.closeWrite?.();
     }
   } catch { /* the client is gone */ }
@@ -3090,10 +3097,12 @@ async function refuse(connection: Connection, answer: string): Promise<void> {
 }
 
 /** An embedding program's function, whose errors are that program's own. */
-function guarded(report?: (line: string) => void): (line: string) => void {
-  return (line) => {
+function guarded<Args extends unknown[], Result>(
+  run?: (...args: Args) => Result,
+): (...args: Args) => Result | undefined {
+  return (...args) => {
     try {
-      report?.(line);
+      return run?.(...args);
     } catch (error) {
       reportError(error);
     }
@@ -3172,7 +3181,18 @@ class RemotePerson extends Person {
 
 /** What a link adds to the room: people of other servers, and their lines. */
 class Link implements Attachment {
-  constructor(readonly room: Room, readonly events: LinkEvents) {
+  readonly events: LinkEvents;
+
+  constructor(readonly room: Room, events: LinkEvents) {
+    this.events = {
+      said: guarded(events.said.bind(events)),
+      joined: guarded(events.joined.bind(events)),
+      left: guarded(events.left.bind(events)),
+      renamed: guarded(events.renamed.bind(events)),
+      away: guarded(events.away.bind(events)),
+      toldPrivately: guarded(events.toldPrivately.bind(events)),
+      stopping: async () => await events.stopping(),
+    };
     room.links.add(this);
   }
 

@@ -1784,6 +1784,73 @@ Deno.test("what is refused for its length is not said among other lines", async 
   assertEquals(await alice.next(), "[guest2] two");
 });
 
+Deno.test("a client gets the answer to each command of one write, also long ones", async () => {
+  await using server = open({ rate: 0 });
+  for (let i = 0; i < 200; i++) { // names of 84 bytes or more
+    const visitor = Visitor.admit(server, "192.0.2.1");
+    visitor.say(`/nick ${"𐐷".repeat(20)}${i}`);
+  }
+  await using alice = await Guest.join(server.port, "alice");
+  await alice.say(...Array.from({ length: 20 }, () => "/who"));
+  for (let i = 0; i < 20; i++) await alice.find(/\(201\)$/);
+  await alice.settle();
+});
+
+Deno.test("a link whose functions throw costs nobody anything", async () => {
+  const errors: unknown[] = [];
+  const caught = (event: ErrorEvent) => {
+    event.preventDefault();
+    errors.push(event.error);
+  };
+  addEventListener("error", caught);
+  try {
+    const fail = () => {
+      throw new Error("the link");
+    };
+    await using server = open();
+    server.attach({
+      said: fail,
+      joined: fail,
+      left: fail,
+      renamed: fail,
+      away: fail,
+      toldPrivately: fail,
+      stopping: fail,
+    });
+    await using alice = await Guest.join(server.port, "alice");
+    await using bob = await Guest.join(server.port, "bob");
+    await alice.find(/known as bob/);
+    await bob.say("hello", "/away", "/back");
+    await alice.find(/^\[bob\] hello$/);
+    await bob.say("/quit");
+    await alice.find(/^\* bob has left the room$/);
+    await within(server.stop(), "the end");
+    assert(errors.length >= 6, `${errors.length} errors`);
+  } finally {
+    removeEventListener("error", caught);
+  }
+});
+
+Deno.test("a connection whose handshake throws costs only itself", async () => {
+  await using server = open();
+  const handshake = () => {
+    throw new Error("no handshake");
+  };
+  const { closed } = admit(server, { handshake });
+  await within(closed, "the close");
+  await using alice = await Guest.join(server.port, "alice");
+  await alice.settle();
+});
+
+Deno.test("a refused client of a raw room, or one that asks for names, gets no goodbye", async () => {
+  for (const options of [{ raw: true }, { askName: true }]) {
+    await using server = open({ ...options, maxClients: 1 });
+    await using _alice = await Guest.connect(server.port);
+    await using bob = await Guest.connect(server.port);
+    assertEquals(await bob.rest(), ["! The room is full. Try again later."]);
+  }
+});
+
 Deno.test("the sender of the line for which a slow client is dropped is told too", async () => {
   await using server = open({ rate: 0 });
   await using alice = await Guest.join(server.port, "alice");
