@@ -1875,6 +1875,8 @@ class Client extends Person implements Sink, TurnTaker {
   #asksName = false;
   /** How many bytes of a TLS handshake it began with; -1 if with others. */
   #tlsBytes = 0;
+  /** What is remembered of its address. */
+  readonly #record: AddressRecord;
   /** How many lines it may send now, as of when. */
   #tokens: number;
   #refilled = this.since;
@@ -1896,6 +1898,7 @@ class Client extends Person implements Sink, TurnTaker {
     this.reader = new Reader(room, this);
     const burst = room.options.rate * BURST_SECONDS;
     this.#tokens = burst - access.debt(address);
+    this.#record = access.record(address);
   }
 
   /** Its address and port, in the usual form. */
@@ -2125,7 +2128,7 @@ class Client extends Person implements Sink, TurnTaker {
     const splitter = this.#splitter ??= this.#newSplitter();
     this.#lines = splitter.push(chunk);
     // What cleaning removed costs like what it kept: it was work.
-    this.#tokens -= splitter.junk;
+    this.charge(splitter.junk);
     this.room.turns.count(this, count);
     this.#sizeBuffer(count);
     if (splitter.telnet !== null) this.#answerTelnet(splitter.telnet);
@@ -2151,7 +2154,7 @@ class Client extends Person implements Sink, TurnTaker {
     if (reply.length > 0) {
       this.reader.insert(Uint8Array.from(reply));
       this.reader.flush();
-      this.#tokens--; // it costs a line, so that replies have a bound
+      this.charge(1); // it costs a line, so that replies have a bound
     }
     if (request === 0 || this.room.options.raw) return;
     this.tell(
@@ -2159,7 +2162,7 @@ class Client extends Person implements Sink, TurnTaker {
         ? "* Yes, Parley is here.\n"
         : "* To leave, type /quit.\n",
     );
-    this.#tokens--;
+    this.charge(1);
   }
 
   /** Whether its first bytes, which may come one by one, begin a handshake. */
@@ -2231,6 +2234,7 @@ class Client extends Person implements Sink, TurnTaker {
   /** Takes `lines` lines' worth from what the client may send. */
   charge(lines: number): void {
     this.#tokens -= lines;
+    this.access.spend(this.#record, lines);
   }
 
   #peekLine(): string {
@@ -2318,9 +2322,7 @@ class Client extends Person implements Sink, TurnTaker {
       return;
     }
     this.left = true;
-    this.#pause(); // counts what it has earned
-    const burst = this.room.options.rate * BURST_SECONDS;
-    this.access.release(this.address, burst - this.#tokens);
+    this.access.release(this.address);
     this.room.leave(this, reason);
     const ended = this.#inputEnded || !drain && reason !== TOO_SLOW;
     this.report(ended ? "Connection closed by" : "Disconnected", this, reason);
@@ -3374,7 +3376,7 @@ class Access {
       const answer = "The room is full. Try again later.";
       return { why: "the room is full", answer };
     }
-    const record = this.#record(address);
+    const record = this.record(address);
     if (maxPerAddress > 0 && record.here >= maxPerAddress) {
       const answer = "There are too many connections from your address.";
       return { why: "--max-per-address", answer };
@@ -3384,22 +3386,31 @@ class Access {
     return { why: "", answer: "" };
   }
 
-  /** A client that was counted has left, having sent `spent` lines beyond what it
-   * had earned since, with those that it had to begin with. */
-  release(address: string, spent: number): void {
-    const record = this.#record(address);
-    record.debt = Math.max(this.debt(address), spent);
-    record.debtTime = performance.now();
-    record.here--;
+  /** A client that was counted has left. */
+  release(address: string): void {
+    this.record(address).here--;
     this.here--;
   }
 
+  /** Counts lines against an address: now, and not when the client leaves, as the end
+   * of a client that is not read is seen late. */
+  spend(record: AddressRecord, lines: number): void {
+    if (this.options.rate === 0) return;
+    record.debt = this.#owed(record) + lines;
+    record.debtTime = performance.now();
+  }
+
   /** How many lines a new client has spent already, because others from its address
-   * sent them and left: at most all that it may send at once. */
+   * have sent them: at most all that it may send at once. */
   debt(address: string): number {
-    const { debt, debtTime } = this.#record(address), { rate } = this.options;
-    const paid = (performance.now() - debtTime) * rate / 1_000;
-    return Math.min(Math.max(0, debt - paid), rate * BURST_SECONDS);
+    const burst = this.options.rate * BURST_SECONDS;
+    return Math.min(this.#owed(this.record(address)), burst);
+  }
+
+  /** What an address has spent and its clients have not earned since. */
+  #owed({ debt, debtTime, here }: AddressRecord): number {
+    const rate = this.options.rate * Math.max(1, here);
+    return Math.max(0, debt - (performance.now() - debtTime) * rate / 1_000);
   }
 
   get asksPassword(): boolean {
@@ -3408,7 +3419,7 @@ class Access {
 
   /** Whether too many wrong passwords came from an address. */
   isLocked(address: string): boolean {
-    const record = this.#record(address);
+    const record = this.record(address);
     if (performance.now() - record.lastWrong > PASSWORD_MILLISECONDS) {
       record.wrongPasswords = 0;
     }
@@ -3416,14 +3427,15 @@ class Access {
   }
 
   isPassword(text: string, address: string): boolean {
-    const record = this.#record(address);
+    const record = this.record(address);
     const right = this.#isPassword?.(text) ?? true;
     record.wrongPasswords = right ? 0 : record.wrongPasswords + 1;
     if (!right) record.lastWrong = performance.now();
     return right;
   }
 
-  #record(address: string): AddressRecord {
+  /** What is remembered of an address. */
+  record(address: string): AddressRecord {
     const key = addressKey(address);
     let record = this.#addresses.get(key);
     if (record === undefined) {
@@ -3443,11 +3455,11 @@ class Access {
   /** Forgets addresses of which there is nothing to remember, at most once a
    * second. */
   #forgetAddresses(): void {
-    const now = performance.now(), { rate } = this.options;
+    const now = performance.now();
     if (now - this.#lastForgotten < 1_000) return;
     this.#lastForgotten = now;
-    for (const [key, { here, debt, debtTime, lastWrong }] of this.#addresses) {
-      const owes = debt > (now - debtTime) * rate / 1_000;
+    for (const [key, record] of this.#addresses) {
+      const { here, lastWrong } = record, owes = this.#owed(record) > 0;
       const tried = now - lastWrong < PASSWORD_MILLISECONDS;
       if (here === 0 && !owes && !tried) this.#addresses.delete(key);
     }

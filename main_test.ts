@@ -1851,6 +1851,27 @@ Deno.test("a refused client of a raw room, or one that asks for names, gets no g
   }
 });
 
+Deno.test("connections that end unseen do not give their address another burst", async () => {
+  await using server = open({ rate: 20 });
+  await using alice = await Guest.join(server.port, "alice");
+  let lines = 0;
+  for (let i = 0; i < 10; i++) {
+    const guest = await Deno.connect({ port: server.port });
+    await guest.write(encoder.encode(numbered(100, "line ").join("\n") + "\n"));
+    guest.close();
+  }
+  const counting = (async () => {
+    for (let line; (line = await alice.next()) !== null;) {
+      if (line.includes("] line ")) lines++;
+    }
+  })();
+  await new Promise((resolve) => setTimeout(resolve, 500));
+  // A burst, and half a second's worth of each that is still to be read.
+  assert(lines > 50 && lines < 400, `${lines} lines`);
+  await server.stop();
+  await counting;
+});
+
 Deno.test("the sender of the line for which a slow client is dropped is told too", async () => {
   await using server = open({ rate: 0 });
   await using alice = await Guest.join(server.port, "alice");
