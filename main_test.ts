@@ -948,11 +948,18 @@ Deno.test("a crowd is told how many of the clients that left were too slow", asy
   await using alice = await Guest.join(server.port, "alice");
   admitCrowd(server, 60, 2);
   await alice.find(/people have entered/);
-  await flood(alice, 1.2 * WINDOW_LINES);
-  assertEquals(
-    await alice.find(/left/),
-    "* 2 people have left the room (2 too slow)",
-  );
+  // The clock stands still, or a notice may come at once on a busy machine.
+  const { now } = performance, moment = performance.now();
+  performance.now = () => moment;
+  try {
+    await flood(alice, 1.2 * WINDOW_LINES);
+    assertEquals(
+      await alice.find(/left/),
+      "* 2 people have left the room (2 too slow)",
+    );
+  } finally {
+    performance.now = now;
+  }
 });
 
 Deno.test("no client is always the last to receive a line", async () => {
