@@ -197,9 +197,11 @@ test("clients of two servers are in one room", async () => {
 
   await bob.say("/ignore alice@tokyo");
   await bob.next(/^\* You no longer receive messages from alice@tokyo\./);
+  using erin = await Client.join(tokyo.port, "erin");
   await alice.say("can you read this?");
-  await bob.say("/msg alice@tokyo your turn");
-  await alice.next("[bob@paris -> you] your turn");
+  await erin.next("[alice] can you read this?");
+  await erin.say("done"); // behind the line of alice on its way to paris
+  await bob.next("[erin@tokyo] done");
   await bob.say("/ignore alice@tokyo");
   await bob.next("* You receive messages from alice@tokyo again.");
   await alice.say("and this?");
