@@ -182,10 +182,10 @@ const MARK = /[\p{M}\u200d\p{VS}]/u;
 const BLANK = /^[\p{White_Space}\p{DI}\u2800]*$/v;
 
 // What would hide the slash of a command at the start of a line: what shows nothing
-// or was no text, and escape sequences that are broken off. Only spaces stay there.
+// or was no text, and escape sequences that are broken off. White space stays there.
 // No character fits two alternatives, or a run of them would take endlessly.
 const HIDDEN = String
-  .raw`(?:(?:\x1b[\[\]PX\^_NO]?|[\x8e-\x90\x98\x9b\x9d-\x9f])[0-?]*|[[\p{White_Space}\p{DI}\p{Co}\p{Cn}\p{Cc}\u2028-\u202e\u2066-\u2069\ufeff\ufffd]--[\x1b\x8e-\x90\x98\x9b\x9d-\x9f]])`;
+  .raw`(?:(?:\x1b\[|\x9b)[0-?]*[!-.]*|(?:\x1b[\]PX\^_NO\(\)#]?|[\x8e-\x90\x98\x9d-\x9f])[0-?]*|[[\p{White_Space}\p{DI}\p{Co}\p{Cn}\p{Cc}\u2028-\u202e\u2066-\u2069\ufeff\ufffd]--[\x1b\x8e-\x90\x98\x9b\x9d-\x9f]])`;
 const HIDDEN_START = new RegExp(`^${HIDDEN}+(?=/)`, "v");
 
 // Whether a chunk may hold a line that has to be changed.
@@ -206,16 +206,22 @@ const SUSPECT =
 export function cleanLine(line: string, { tabs = false } = {}): string {
   const clean = CONTROLS.test(line)
     ? scrub(line.replace(ESCAPES, "\0"), tabs)
+    : tabs
+    ? line
     : showStart(line);
   return BLANK.test(clean) ? "" : clean;
 }
 
-/** Removes what hides a slash at the start of a line. */
+/** Removes what hides a slash at the start of a line. Spaces of any kind become
+ * plain ones there, so that a command behind them is found. A raw room has no
+ * commands. */
 function showStart(line: string): string {
-  return line.replace(HIDDEN_START, (start) => {
-    const spaces = start.match(/\p{White_Space}/gu) ?? [];
-    return " ".repeat(spaces.length);
-  });
+  const first = line.charCodeAt(0);
+  if (first > SPACE && first <= TILDE) return line; // nothing hides anything
+  return line.replace(
+    HIDDEN_START,
+    (start) => start.replace(/\p{Zs}/gu, " ").replace(/[^ \t]/gu, ""),
+  );
 }
 
 /** Whether all of the start of a line would be removed before a slash. */
@@ -231,7 +237,9 @@ const TAB_CELL = 1;
  * an expression for each takes 20 to 40 times as long as plain text. */
 function scrub(line: string, tabs: boolean): string {
   const units = new Uint16Array(Math.max(line.length, LINE_BYTES) + 8);
-  let text = showStart(line), length = 0, spare = LINE_BYTES - line.length;
+  let text = tabs ? line : showStart(line),
+    length = 0,
+    spare = LINE_BYTES - line.length;
   for (let i = 0; i < text.length; i++) {
     const unit = text.charCodeAt(i);
     if (unit >= SPACE && unit <= TILDE) units[length++] = unit;
@@ -239,7 +247,8 @@ function scrub(line: string, tabs: boolean): string {
       const before = length;
       length = unit === NAK ? 0 : withoutLast(units, length);
       if (before === 0 || length > 0) continue;
-      text = showStart(text.slice(i + 1)); // the line begins here
+      text = text.slice(i + 1); // the line begins here
+      if (!tabs) text = showStart(text);
       i = -1;
     } else if (unit === TAB && !tabs) {
       // One space alone, where the line would grow too long.
