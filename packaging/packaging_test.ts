@@ -126,7 +126,8 @@ const UNITS = ["parley.service", "parley-console.socket"];
 async function copyUnits(directory: string): Promise<string[]> {
   await Deno.mkdir(`${directory}/parley.service.d`);
   for (const unit of [...UNITS, "parley.service.d/console.conf"]) {
-    const text = packed(unit).replace("/usr/local/bin/deno", Deno.execPath());
+    const text = packed(unit)
+      .replaceAll("/usr/local/bin/deno", Deno.execPath());
     await Deno.writeTextFile(`${directory}/${unit}`, text);
   }
   return UNITS.map((unit) => `${directory}/${unit}`);
