@@ -60,7 +60,8 @@
  */
 import type * as Nats from "./nats.ts";
 import type { Attachable } from "./attachment.ts";
-import { type Bus, type Clock, LinkedRoom, SERVER_NAME } from "./room.ts";
+import { SERVER_NAME } from "./name.ts";
+import { type Bus, type Clock, LinkedRoom } from "./room.ts";
 import { DenoTransport } from "./transport.ts";
 import { MESSAGE_BYTES } from "./wire.ts";
 

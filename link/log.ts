@@ -7,6 +7,7 @@
  * @module
  */
 import {
+  countLines,
   ENTRIES_BYTES,
   type Entry,
   NAME_BYTES,
@@ -250,10 +251,6 @@ function putNumbers(
   bytes[offset + 1] = first;
   bytes[offset + 2] = second >> 8;
   bytes[offset + 3] = second;
-}
-
-function countLines(entry: Entry): number {
-  return "count" in entry ? entry.count : 0;
 }
 
 /** Changes `people` as an entry says. */

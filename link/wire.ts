@@ -41,8 +41,12 @@ export const SAID_BYTES = 16_384;
 export const TEXT_BYTES = 5_000;
 /** The longest name, in bytes: 24 characters of four. */
 export const NAME_BYTES = 96;
-/** Numbers have six bytes. */
-export const MOST = 2 ** 48 - 1;
+/** The greatest number of an entry, which has six bytes. */
+export const MAX_NUMBER = 2 ** 48 - 1;
+
+/** The name of a server's operator, who speaks without being in the list of
+ * people. */
+export const HOST = "host";
 
 const MAGIC = 80, VERSION = 1;
 
@@ -72,6 +76,12 @@ export const RAW = 1, HELLO = 2, GOODBYE = 4;
 /** How entries are asked for: from a number on, or the people of now and then
  * what follows. */
 export const FROM = 0, NOW = 1;
+
+/** What is removed from texts: control characters, line and paragraph separators,
+ * and bidirectional controls. */
+const CONTROLS =
+  // deno-lint-ignore no-control-regex
+  /[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]/g;
 
 const encoder = new TextEncoder();
 const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
@@ -223,10 +233,11 @@ export class Reader {
     return this.#decode(this.#take(length), length);
   }
 
+  /** Reads a text, without control characters. */
   text(): string {
     const length = this.u16();
     if (length > TEXT_BYTES) throw new BrokenMessage("with too long a text");
-    return this.#decode(this.#take(length), length);
+    return this.#decode(this.#take(length), length).replace(CONTROLS, "");
   }
 
   away(): string | null {
@@ -271,12 +282,21 @@ export class Reader {
 export type Entry =
   & { name: string }
   & (
-    | { type: 1 | 2; lines: Uint8Array; count: number }
-    | { type: 3 }
-    | { type: 4; reason: string }
-    | { type: 5; to: string }
-    | { type: 6; away: string | null }
+    | {
+      type: typeof Type.Said | typeof Type.Action;
+      lines: Uint8Array;
+      count: number;
+    }
+    | { type: typeof Type.Joined }
+    | { type: typeof Type.Left; reason: string }
+    | { type: typeof Type.Renamed; to: string }
+    | { type: typeof Type.Away; away: string | null }
   );
+
+/** How many lines an entry has. */
+export function countLines(entry: Entry): number {
+  return "count" in entry ? entry.count : 0;
+}
 
 /** Reads the next entry. */
 export function readEntry(reader: Reader): Entry {
