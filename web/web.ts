@@ -1,6 +1,6 @@
 /**
- * The chat room in a browser: one page, and a WebSocket that is a
- * {@linkcode Connection} like any other. `--web PORT` loads this module.
+ * The chat room in a browser: one page, and a WebSocket that the chat server
+ * treats like any other {@linkcode Connection}. `--web PORT` loads this module.
  *
  * ```sh
  * deno run --allow-net main.ts --web 8080
@@ -13,21 +13,22 @@
  * | `GET /health` | `ok`, for a load balancer |
  *
  * HTTP is `node:http`, and the frames of the WebSocket (RFC 6455) are read and
- * written here. `Deno.upgradeWebSocket` would be shorter, but as measured with
- * Deno 2.9.6 it cannot end a connection whose other side does not answer: a page
- * that stops reading kept its descriptor and 6.8 MB until the process ended. It
- * also holds up to 64 MiB of a message in memory, and takes 29 KB an idle
- * connection where `node:http` takes 17.
+ * written here. `Deno.upgradeWebSocket` would be shorter, but measured with Deno
+ * 2.9.6:
+ *
+ * - It cannot end a connection whose other side does not answer. A page that
+ *   stopped reading kept its descriptor and 6.8 MB until the process ended.
+ * - It accepts messages of up to 64 MiB.
+ * - An idle connection takes 29 KB, compared with 17 KB here.
  *
  * @module
  */
-import { isUtf8 } from "node:buffer";
+import { Buffer, isUtf8 } from "node:buffer";
 import { createHash } from "node:crypto";
 import {
   createServer as createHttpServer,
   type IncomingMessage,
-  type ServerResponse,
-  STATUS_CODES,
+  ServerResponse,
 } from "node:http";
 import { createServer as createHttpsServer } from "node:https";
 import { BlockList, isIP, type Socket } from "node:net";
@@ -35,7 +36,7 @@ import { gzipSync } from "node:zlib";
 import type { ChatServer, Connection } from "../main.ts";
 import pageSource from "./page.html" with { type: "text" };
 
-/** What can be set of the web listener. */
+/** Options of {@linkcode WebServer.listen}. */
 export interface WebOptions {
   /** Address or host name to listen on; `::` is IPv4 and IPv6. */
   host: string;
@@ -45,33 +46,31 @@ export interface WebOptions {
   tlsCert?: string;
   /** Its private key (PEM). */
   tlsKey?: string;
-  /** Networks of reverse proxies, such as `10.0.0.0/8`: from these alone the
-   * address of the client is taken from `X-Forwarded-For`. */
+  /** Networks of reverse proxies, such as `10.0.0.0/8`. `X-Forwarded-For` is used
+   * in requests from these addresses, and ignored in all others. */
   trustProxy?: string[];
-  /** Lines a second that a client may send, for the page to send no faster; 0 is
-   * no limit. */
+  /** How many lines a second the page sends at most; 0 is no limit. The chat
+   * server enforces its own limit. */
   rate?: number;
-  /** How often a client is asked whether it is there, in milliseconds. One that
-   * has not answered when the next question is due is disconnected. */
+  /** Milliseconds between two pings of a client. A client that has sent nothing
+   * between two pings is disconnected. */
   pingMilliseconds?: number;
-  /** How long a request may take to come, in milliseconds. */
+  /** How long a request may take to arrive, in milliseconds, including the TLS
+   * handshake. */
   requestMilliseconds?: number;
 }
 
 // ---------------------------------------------------------------------------
-// HTTP: the page, and what else is asked for.
+// HTTP: the page, and the answers to all other requests.
 // ---------------------------------------------------------------------------
 
-/** How long a request may take to come, its TLS handshake included. */
 const REQUEST_MILLISECONDS = 10_000;
 
-/** How many connections may be without a WebSocket. They take no place in the
- * room, and could take all descriptors. */
-const MOST_REQUESTS = 500;
+/** How many connections without a WebSocket may be open. The limits of the room
+ * do not count them, and they could use up all file descriptors. */
+const MAX_REQUESTS = 500;
 
-const TEXT = "text/plain; charset=utf-8";
-
-/** What a request is answered with. */
+/** The answer to a request. */
 interface Answer {
   status: number;
   headers?: Record<string, string>;
@@ -82,7 +81,8 @@ interface Answer {
 const SAFE_HEADERS = {
   "X-Content-Type-Options": "nosniff",
   "Referrer-Policy": "no-referrer",
-  // A connection serves one request, so that its deadline is that of the request.
+  // One request a connection: then the deadline of the request ends idle
+  // connections too.
   "Connection": "close",
 };
 
@@ -94,7 +94,8 @@ class Page {
 
   /** @param rate lines a second that the page may send */
   constructor(rate: number) {
-    // A checkout can have CR LF, which a browser hashes as LF.
+    // A checkout may have CR LF. A browser computes the hashes of the security
+    // policy with LF.
     const html = pageSource.replaceAll("\r\n", "\n")
       .replace(/data-rate="\d+"/, `data-rate="${rate}"`);
     this.#html = new TextEncoder().encode(html);
@@ -103,29 +104,27 @@ class Page {
       "Content-Type": "text/html; charset=utf-8",
       "Content-Security-Policy": contentSecurityPolicy(html),
       "ETag": `W/"${sha256(html)}"`,
-      // Kept, but asked for each time: the page and the server belong together.
+      // A cached page is validated each time: it has to match the server.
       "Cache-Control": "no-cache",
       "Vary": "Accept-Encoding",
     };
   }
 
   answer({ headers }: IncomingMessage): Answer {
-    const known = (headers["if-none-match"] ?? "").split(",")
+    const cached = (headers["if-none-match"] ?? "").split(",")
       .map((tag) => tag.trim());
-    if (known.includes(this.#headers.ETag) || known.includes("*")) {
+    if (cached.includes(this.#headers.ETag) || cached.includes("*")) {
       return { status: 304, headers: this.#headers };
     }
-    const compressed = /\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))/i.test(
+    // `gzip;q=0` means that gzip is not accepted.
+    const acceptsGzip = /\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))/i.test(
       String(headers["accept-encoding"] ?? ""),
     );
-    if (!compressed) {
+    if (!acceptsGzip) {
       return { status: 200, headers: this.#headers, body: this.#html };
     }
-    return {
-      status: 200,
-      headers: { ...this.#headers, "Content-Encoding": "gzip" },
-      body: this.#compressed,
-    };
+    const compressed = { ...this.#headers, "Content-Encoding": "gzip" };
+    return { status: 200, headers: compressed, body: this.#compressed };
   }
 }
 
@@ -133,8 +132,8 @@ function sha256(text: string): string {
   return createHash("sha256").update(text).digest("base64");
 }
 
-/** Permits the page its own script and style, by their hashes (CSP 3, 2.3.1),
- * and its WebSocket; nothing else, whatever would get into it. */
+/** Permits the page's own script and style, by their hashes (CSP 3, 2.3.1), and
+ * its WebSocket. Anything else is blocked, even if it were injected. */
 function contentSecurityPolicy(html: string): string {
   const hashes = (element: string) =>
     Array.from(
@@ -185,7 +184,7 @@ function plain(
 ): Answer {
   return {
     status,
-    headers: { "Content-Type": TEXT, ...headers },
+    headers: { "Content-Type": "text/plain; charset=utf-8", ...headers },
     body: text + "\n",
   };
 }
@@ -198,53 +197,47 @@ function respond(
   response.writeHead(status, {
     ...SAFE_HEADERS,
     ...headers,
-    ...body === undefined ? {} : { "Content-Length": byteLength(body) },
+    ...body === undefined ? {} : { "Content-Length": Buffer.byteLength(body) },
   });
   response.end(request.method === "HEAD" ? undefined : body);
 }
 
-/** The same on a connection that asked for an upgrade and is refused it. */
-function respondRaw(socket: Socket, { status, headers, body = "" }: Answer) {
-  const all = {
-    ...SAFE_HEADERS,
-    ...headers,
-    "Content-Length": byteLength(body),
-  };
-  const head = Object.entries(all).map(([name, value]) => `${name}: ${value}`);
-  socket.write(
-    [`HTTP/1.1 ${status} ${STATUS_CODES[status]}`, ...head, "", ""].join(
-      "\r\n",
-    ),
-  );
-  socket.end(body);
+/** Answers a request for an upgrade that is refused. `node:http` has handed over
+ * the socket of such a request, so the response is put onto it again. */
+function refuseUpgrade(
+  request: IncomingMessage,
+  socket: Socket,
+  answer: Answer,
+): void {
+  const response = new ServerResponse(request);
+  response.assignSocket(socket);
+  response.on("finish", () => socket.end());
+  respond(request, response, answer);
   destroyLater(socket);
-}
-
-function byteLength(body: string | Uint8Array): number {
-  return typeof body === "string"
-    ? new TextEncoder().encode(body).length
-    : body.length;
 }
 
 /** How long the other side has to take the last bytes and close. */
 const LINGER_MILLISECONDS = 1_000;
 
-/** Lets what was written arrive, but waits for nobody longer than that. */
+/** Destroys a socket that is ending, if the other side takes too long. */
 function destroyLater(socket: Socket): void {
   const timer = setTimeout(() => socket.destroy(), LINGER_MILLISECONDS);
   socket.once("close", () => clearTimeout(timer));
-  socket.resume(); // its end is seen only if what comes before it is read
+  socket.resume(); // the other side's end is seen only after its bytes are read
 }
 
 // ---------------------------------------------------------------------------
-// Handshake: who may open a WebSocket, and from where (RFC 6455, section 4.2).
+// Handshake: who may open a WebSocket (RFC 6455, section 4.2).
 // ---------------------------------------------------------------------------
 
-/** What RFC 6455, 1.3, appends to the key before it is hashed. */
+/** Appended to the client's key before hashing (RFC 6455, 1.3). */
 const HANDSHAKE_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
-/** Why a request for the WebSocket is refused, or `null`. */
-function upgradeRefusal({ headers, httpVersion }: IncomingMessage) {
+/** The answer to a request for the WebSocket that is refused; `null` if it is
+ * accepted. */
+function upgradeRefusal(
+  { headers, httpVersion }: IncomingMessage,
+): Answer | null {
   if (!isOwnOrigin(headers.origin, headers.host)) {
     return plain(403, "This page may not open the chat of another site");
   }
@@ -261,13 +254,13 @@ function upgradeRefusal({ headers, httpVersion }: IncomingMessage) {
   return null;
 }
 
-/** Whether a page of `origin` may speak with `host`: only one that came from
- * there. A program that is no browser sends no origin, and could send any. */
+/** Whether a page of `origin` may connect to `host`: only if it was loaded from
+ * there. A program without an origin is permitted: it could send any origin. */
 function isOwnOrigin(origin?: string, host?: string): boolean {
   if (origin === undefined) return true;
   const from = URL.parse(origin);
   if (from === null || !host) return false;
-  // Parsed, so that letters of either case and the usual port compare equal.
+  // URL.parse ignores upper and lower case and drops the default port.
   return from.host === URL.parse(`${from.protocol}//${host}`)?.host;
 }
 
@@ -275,8 +268,9 @@ function acceptKey(key: string): string {
   return createHash("sha1").update(key + HANDSHAKE_GUID).digest("base64");
 }
 
-/** An address without a zone, and without the IPv4-mapped form (RFC 4291,
- * 2.5.5.2) that a listener on `::` gives; `null` if it is none. */
+/** An IP address in its usual form: without a zone, and as IPv4 if it is an
+ * IPv4-mapped address (RFC 4291, 2.5.5.2), as a listener on `::` reports them.
+ * `null` if the text is no address. */
 function plainAddress(text: string): string | null {
   const address = text.replace(/%.*$/s, "");
   const family = isIP(address);
@@ -290,19 +284,19 @@ function plainAddress(text: string): string | null {
   return [high >> 8, high & 255, low >> 8, low & 255].join(".");
 }
 
-/** The reverse proxies whose word on the client's address is taken. */
+/** The reverse proxies that are trusted to tell the client's address. */
 class TrustedProxies {
   readonly #networks = new BlockList();
 
-  /** @throws if a network is none; the message says what to do */
+  /** @throws {Error} if an entry is no network; the message says what to do */
   constructor(networks: string[]) {
     for (const network of networks) {
       const [, host, bits] = /^([^/]+)(?:\/(\d{1,3}))?$/.exec(network) ?? [];
       const address = plainAddress(host ?? "");
       const length = address?.includes(":") ? 128 : 32;
-      // An IPv4 network may be written in its mapped form, of 128 bits.
-      const skipped = length === 32 && host?.includes(":") ? 96 : 0;
-      const prefix = bits === undefined ? length : Number(bits) - skipped;
+      // In the IPv4-mapped form the prefix counts 96 bits more.
+      const mappedBits = length === 32 && host?.includes(":") ? 96 : 0;
+      const prefix = bits === undefined ? length : Number(bits) - mappedBits;
       if (address === null || prefix < 0 || prefix > length) {
         throw new Error(
           `Cannot use ${network} for --trust-proxy: ` +
@@ -313,8 +307,8 @@ class TrustedProxies {
     }
   }
 
-  /** The address that a request comes from. A proxy appends the address that it
-   * saw, so the last one is its own word; what stands before it anyone can send. */
+  /** The address of the client that sent a request. A proxy appends the address
+   * that it sees to `X-Forwarded-For`, so only the last one can be trusted. */
   clientAddress(peer: string, { headers }: IncomingMessage): string {
     const address = plainAddress(peer);
     if (address === null) return peer;
@@ -333,37 +327,37 @@ function familyOf(address: string): "ipv4" | "ipv6" {
 }
 
 // ---------------------------------------------------------------------------
-// WebSocket: a socket after its handshake, as a connection of the chat server.
+// WebSocket: a socket after its handshake, as a Connection of the chat server.
 // ---------------------------------------------------------------------------
 
-/** The most input that waits for its turn, in bytes, and the longest message. The
- * server reads a client that is paced no faster than its lines may be said. */
-const MOST_WAITING_BYTES = 65_536;
+/** How many bytes may wait to be read, and the limit of one message. Input waits
+ * because the chat server reads a client no faster than its rate limit. */
+const MAX_PENDING_BYTES = 65_536;
 
-/** How many frames that carry no whole message may come between two pings: more
- * of them is work for nothing. A message of the greatest length, sent in pieces of
- * a packet each, has 47. */
-const MOST_OTHER_FRAMES = 1_000;
+/** How many control frames and fragments a client may send between two pings;
+ * without a limit they would keep the server busy and not be charged by the rate
+ * limit. The longest message, in fragments of a packet each, has 47. */
+const MAX_OTHER_FRAMES = 1_000;
 
-/** How often a client is asked whether it is there. One that has vanished is
- * found after two of these. */
+/** Time between two pings. A client that has vanished is found after two. */
 const PING_MILLISECONDS = 20_000;
 
 const LF = 10;
 
 // Opcodes (RFC 6455, 5.2).
-const CONTINUATION = 0, BINARY_MESSAGE = 2; // and 1 is text
-const CLOSE = 8, PING = 9, PONG = 10;
+const CONTINUATION = 0, TEXT = 1, BINARY = 2, CLOSE = 8, PING = 9, PONG = 10;
 
-// Codes for the end (RFC 6455, 7.4.1).
+// Status codes of a close frame (RFC 6455, 7.4.1).
 const NORMAL = 1000, GOING_AWAY = 1001, PROTOCOL_ERROR = 1002;
 const UNSUPPORTED = 1003, NOT_UTF8 = 1007, POLICY = 1008, TOO_BIG = 1009;
 
 const SERVER_STOPS = "The server stops";
+const NOT_A_FRAME = "Not a frame of RFC 6455";
 
 const NO_BYTES: Uint8Array = new Uint8Array(0), LINE_END = Uint8Array.of(LF);
 
-/** Bytes that wait. An empty queue takes no memory: most people only listen. */
+/** A queue of bytes. It has no buffer while it is empty: most clients only
+ * receive. */
 class ByteQueue {
   #buffer: Uint8Array = NO_BYTES;
   #start = 0;
@@ -373,14 +367,14 @@ class ByteQueue {
     return this.#end - this.#start;
   }
 
-  /** What waits; valid until something is added or dropped. */
+  /** All of the queue. */
   get bytes(): Uint8Array {
     return this.#buffer.subarray(this.#start, this.#end);
   }
 
   add(bytes: Uint8Array): void {
     if (this.#end + bytes.length > this.#buffer.length) {
-      // Twice as much as is needed, so that it is seldom copied.
+      // Twice the size, so that it is copied seldom.
       const larger = new Uint8Array(2 * (this.length + bytes.length));
       larger.set(this.bytes);
       this.#end -= this.#start;
@@ -391,11 +385,16 @@ class ByteQueue {
     this.#end += bytes.length;
   }
 
-  drop(count: number): void {
+  /** Removes bytes from the front. They stay valid: a buffer is never written
+   * twice at the same place. */
+  take(count: number): Uint8Array {
+    const bytes = this.bytes.subarray(0, count);
     this.#start += count;
-    if (this.#start < this.#end) return;
-    this.#start = this.#end = 0;
-    this.#buffer = NO_BYTES;
+    if (this.#start === this.#end) {
+      this.#start = this.#end = 0;
+      this.#buffer = NO_BYTES;
+    }
+    return bytes;
   }
 }
 
@@ -417,8 +416,7 @@ function makeFrame(
   return frame;
 }
 
-/** The frame that was made last. Clients that are up to date are all written the
- * same bytes. */
+/** The last frame: clients that are up to date are all sent the same bytes. */
 let lastFrame = { payload: NO_BYTES, opcode: -1, final: true, bytes: NO_BYTES };
 
 function makeSharedFrame(
@@ -426,202 +424,248 @@ function makeSharedFrame(
   payload: Uint8Array,
   final: boolean,
 ): Uint8Array {
-  const same = lastFrame.payload === payload &&
+  const isSame = lastFrame.payload === payload &&
     lastFrame.opcode === opcode && lastFrame.final === final;
-  if (!same) {
+  if (!isSame) {
     const bytes = makeFrame(opcode, payload, final);
     lastFrame = { payload, opcode, final, bytes };
   }
   return lastFrame.bytes;
 }
 
-/** A code and a reason, which is ASCII and shorter than 124 bytes. */
-function closePayload(code: number, reason: string): Uint8Array {
-  return new TextEncoder().encode(`  ${reason}`).with(0, code >> 8)
-    .with(1, code & 255);
+/** @param reason ASCII, at most 123 bytes (RFC 6455, 5.5) */
+function closeFrame(code: number, reason: string): Uint8Array {
+  const payload = new TextEncoder().encode(`  ${reason}`);
+  payload[0] = code >> 8;
+  payload[1] = code & 255;
+  return makeFrame(CLOSE, payload);
+}
+
+/** A frame that a client may not send: the connection is closed. */
+class FrameError extends Error {
+  /** @param code the status code of the close frame, with `message` as reason */
+  constructor(readonly code: number, message: string) {
+    super(message);
+  }
+}
+
+/** The head of a frame. */
+interface FrameHead {
+  isFinal: boolean;
+  opcode: number;
+  /** The head in bytes; its last four are the mask. */
+  headLength: number;
+  /** The payload in bytes. */
+  length: number;
+}
+
+/** Reads the head of a client's frame (RFC 6455, 5.2).
+ * @returns `null` if more bytes are needed
+ * @throws {FrameError} if no client may send such a frame */
+function readFrameHead(bytes: Uint8Array): FrameHead | null {
+  if (bytes.length < 2) return null;
+  const isFinal = (bytes[0] & 0x80) !== 0, opcode = bytes[0] & 0x0f;
+  const isMasked = (bytes[1] & 0x80) !== 0, shortLength = bytes[1] & 0x7f;
+  const isKnown = opcode <= BINARY || (opcode >= CLOSE && opcode <= PONG);
+  const usesExtension = (bytes[0] & 0x70) !== 0; // none was negotiated
+  const isLongControl = opcode >= CLOSE && (!isFinal || shortLength > 125);
+  if (!isKnown || !isMasked || usesExtension || isLongControl) {
+    throw new FrameError(PROTOCOL_ERROR, NOT_A_FRAME);
+  }
+  const lengthBytes = shortLength === 127 ? 8 : shortLength === 126 ? 2 : 0;
+  const headLength = 2 + lengthBytes + 4;
+  if (bytes.length < headLength) return null;
+  const view = new DataView(bytes.buffer, bytes.byteOffset, headLength);
+  let length = shortLength;
+  if (lengthBytes === 2) length = view.getUint16(2);
+  if (lengthBytes === 8) length = Number(view.getBigUint64(2));
+  return { isFinal, opcode, headLength, length };
+}
+
+/** A text message or a control frame. */
+interface Message {
+  opcode: number;
+  payload: Uint8Array;
+}
+
+/** Makes messages of the bytes that a client sends. */
+class MessageReader {
+  readonly #bytes = new ByteQueue();
+  /** The fragments so far of a message that is not complete. */
+  readonly #fragments = new ByteQueue();
+  #inMessage = false;
+  /** How many control frames and fragments there were since the last ping. */
+  #otherFrames = 0;
+
+  add(chunk: Uint8Array): void {
+    this.#bytes.add(chunk);
+  }
+
+  pinged(): void {
+    this.#otherFrames = 0;
+  }
+
+  /** Takes the next message or control frame.
+   * @returns `null` if more bytes are needed
+   * @throws {FrameError} if the client breaks a rule or a limit */
+  next(): Message | null {
+    for (;;) {
+      const head = readFrameHead(this.#bytes.bytes);
+      if (head === null) return null;
+      const { opcode, isFinal } = head, isControl = opcode >= CLOSE;
+      if (!isControl) this.#checkData(head);
+      const payload = this.#takePayload(head);
+      if (payload === null) return null;
+      if (
+        (isControl || !isFinal) && ++this.#otherFrames > MAX_OTHER_FRAMES
+      ) throw new FrameError(POLICY, "Too many pings or fragments");
+      if (isControl) return { opcode, payload };
+      this.#fragments.add(payload);
+      this.#inMessage = !isFinal;
+      if (isFinal) return { opcode: TEXT, payload: this.#takeMessage() };
+    }
+  }
+
+  #checkData({ opcode, length }: FrameHead): void {
+    if (this.#inMessage !== (opcode === CONTINUATION)) {
+      throw new FrameError(PROTOCOL_ERROR, NOT_A_FRAME);
+    }
+    if (opcode === BINARY) {
+      throw new FrameError(UNSUPPORTED, "Send text messages, one line each");
+    }
+    if (this.#fragments.length + length >= MAX_PENDING_BYTES) {
+      throw new FrameError(TOO_BIG, "A message is at most 64 KiB");
+    }
+  }
+
+  #takePayload({ headLength, length }: FrameHead): Uint8Array | null {
+    const end = headLength + length;
+    if (this.#bytes.length < end) return null;
+    const frame = this.#bytes.take(end);
+    const payload = frame.subarray(headLength);
+    const mask = frame.subarray(headLength - 4, headLength);
+    for (let i = 0; i < length; i++) payload[i] ^= mask[i & 3];
+    return payload;
+  }
+
+  #takeMessage(): Uint8Array {
+    const message = this.#fragments.take(this.#fragments.length);
+    if (isUtf8(message)) return message;
+    throw new FrameError(NOT_UTF8, "A text message is UTF-8");
+  }
 }
 
 class WebSocketConnection implements Connection {
   readonly #socket: Socket;
   readonly #isStopping: () => boolean;
-  /** What came of a frame that is not complete. */
-  readonly #partial = new ByteQueue();
-  /** What came of a message that is not complete. */
-  readonly #message = new ByteQueue();
-  #inMessage = false;
-  /** Lines that the server has not read yet. */
-  readonly #waiting = new ByteQueue();
-  #reader:
+  readonly #messages = new MessageReader();
+  /** Lines that the chat server has not read yet. */
+  readonly #pending = new ByteQueue();
+  /** The chat server waits for input. */
+  #pendingRead:
     | (PromiseWithResolvers<number | null> & { buffer: Uint8Array })
     | null = null;
-  /** Nothing more comes from the other side. */
-  #ended = false;
+  /** Nothing more comes from the client, or it is not read any more. */
+  #inputEnded = false;
   #failure: Error | null = null;
-  #writing = false;
-  #spoken = false;
-  /** The last message that was sent is not complete. */
-  #midLine = false;
+  #isWriting = false;
+  #hasWritten = false;
+  /** The last message to the client ended within a line. */
+  #isMidLine = false;
   #closeSent = false;
-  #closed = false;
-  #alive = true;
-  #otherFrames = 0;
+  #isClosed = false;
+  /** Whether something has come since the last ping. */
+  #isAlive = true;
 
   /**
-   * @param socket what the handshake was made on
+   * @param socket a socket after the handshake
    * @param isStopping whether the server has begun to stop
    */
   constructor(socket: Socket, isStopping: () => boolean) {
     this.#socket = socket;
     this.#isStopping = isStopping;
     socket.on("data", (chunk: Uint8Array) => this.receive(chunk));
-    socket.on("end", () => this.#end());
+    socket.on("end", () => this.#endInput());
     socket.on("error", (error: Error) => this.#fail(error));
     socket.on("close", () => {
-      this.#closed = true;
-      this.#end();
+      this.#isClosed = true;
+      this.#endInput();
     });
   }
 
   // -- reading
 
   read(buffer: Uint8Array): Promise<number | null> {
-    if (this.#waiting.length > 0) return Promise.resolve(this.#take(buffer));
+    if (this.#pending.length > 0) {
+      return Promise.resolve(this.#readPending(buffer));
+    }
     if (this.#failure !== null) return Promise.reject(this.#failure);
-    if (this.#ended) return Promise.resolve(null);
-    this.#reader = { buffer, ...Promise.withResolvers<number | null>() };
-    return this.#reader.promise;
+    if (this.#inputEnded) return Promise.resolve(null);
+    this.#pendingRead = { buffer, ...Promise.withResolvers<number | null>() };
+    return this.#pendingRead.promise;
   }
 
-  #take(buffer: Uint8Array): number {
-    const bytes = this.#waiting.bytes.subarray(0, buffer.length);
-    buffer.set(bytes);
-    this.#waiting.drop(bytes.length);
-    return bytes.length;
+  #readPending(buffer: Uint8Array): number {
+    const count = Math.min(this.#pending.length, buffer.length);
+    buffer.set(this.#pending.take(count));
+    return count;
   }
 
-  #end(): void {
-    this.#ended = true;
-    if (this.#reader === null) return;
-    this.#reader.resolve(null);
-    this.#reader = null;
+  #endInput(): void {
+    this.#inputEnded = true;
+    this.#pendingRead?.resolve(null);
+    this.#pendingRead = null;
   }
 
   #fail(error: Error): void {
     this.#failure ??= error;
-    this.#ended = true;
-    this.#waiting.drop(this.#waiting.length);
-    if (this.#reader === null) return;
-    this.#reader.reject(this.#failure);
-    this.#reader = null;
+    this.#inputEnded = true;
+    this.#pending.take(this.#pending.length);
+    this.#pendingRead?.reject(this.#failure);
+    this.#pendingRead = null;
   }
 
-  /** Takes what came over the socket. */
+  /** Takes bytes from the socket. */
   receive(chunk: Uint8Array): void {
-    this.#alive = true;
-    if (this.#ended) return;
-    let bytes = chunk;
-    if (this.#partial.length > 0) {
-      this.#partial.add(chunk);
-      bytes = this.#partial.bytes;
-    }
-    let used = 0;
-    while (!this.#ended) {
-      const length = this.#receiveFrame(bytes.subarray(used));
-      if (length === 0) break;
-      used += length;
-    }
-    if (bytes !== chunk) this.#partial.drop(this.#ended ? bytes.length : used);
-    else if (!this.#ended && used < bytes.length) {
-      this.#partial.add(bytes.subarray(used));
+    this.#isAlive = true;
+    if (this.#inputEnded) return;
+    this.#messages.add(chunk);
+    try {
+      while (!this.#inputEnded) {
+        const message = this.#messages.next();
+        if (message === null) return;
+        this.#receiveMessage(message);
+      }
+    } catch (error) {
+      if (!(error instanceof FrameError)) throw error;
+      this.#refuse(error.code, error.message);
     }
   }
 
-  /** Takes one frame from the beginning of `bytes`, and tells its length; 0 if it
-   * is not complete, or not as it must be (RFC 6455, 5.2). */
-  #receiveFrame(bytes: Uint8Array): number {
-    if (bytes.length < 2) return 0;
-    const final = (bytes[0] & 0x80) !== 0, opcode = bytes[0] & 0x0f;
-    const isControl = opcode >= CLOSE;
-    const known = opcode <= BINARY_MESSAGE ||
-      (opcode >= CLOSE && opcode <= PONG);
-    const masked = (bytes[1] & 0x80) !== 0, shortLength = bytes[1] & 0x7f;
-    const extensions = (bytes[0] & 0x70) !== 0; // none was agreed on
-    if (
-      !known || extensions || !masked ||
-      (isControl && (!final || shortLength > 125)) ||
-      (!isControl && this.#inMessage !== (opcode === CONTINUATION))
-    ) {
-      this.#refuse(PROTOCOL_ERROR, "Not a frame of RFC 6455");
-      return 0;
-    }
-    if (opcode === BINARY_MESSAGE) {
-      this.#refuse(UNSUPPORTED, "Send text messages, one line each");
-      return 0;
-    }
-
-    const headLength = 2 + 4 +
-      (shortLength === 127 ? 8 : shortLength === 126 ? 2 : 0);
-    if (bytes.length < headLength) return 0;
-    const view = new DataView(bytes.buffer, bytes.byteOffset, headLength);
-    const length = shortLength === 127
-      ? Number(view.getBigUint64(2))
-      : shortLength === 126
-      ? view.getUint16(2)
-      : shortLength;
-    if (this.#message.length + length >= MOST_WAITING_BYTES) {
-      this.#refuse(TOO_BIG, "A message is at most 64 KiB");
-      return 0;
-    }
-    const end = headLength + length;
-    if (bytes.length < end) return 0;
-
-    const payload = bytes.subarray(headLength, end);
-    const mask = bytes.subarray(headLength - 4, headLength);
-    for (let i = 0; i < length; i++) payload[i] ^= mask[i & 3];
-    if (isControl) this.#receiveControl(opcode, payload);
-    else this.#receiveText(payload, final);
-    if (isControl || !final) this.#countOtherFrame();
-    return end;
-  }
-
-  #receiveText(payload: Uint8Array, final: boolean): void {
-    this.#inMessage = !final;
-    let message = payload;
-    if (!final || this.#message.length > 0) {
-      this.#message.add(payload);
-      if (!final) return;
-      message = this.#message.bytes;
-    }
-    if (!isUtf8(message)) {
-      return this.#refuse(NOT_UTF8, "A text message is UTF-8");
-    }
-    if (this.#waiting.length + message.length >= MOST_WAITING_BYTES) {
-      return this.#refuse(POLICY, "Too much at once: send more slowly");
-    }
-    this.#waiting.add(message);
-    this.#waiting.add(LINE_END);
-    this.#message.drop(this.#message.length);
-    if (this.#reader === null) return;
-    this.#reader.resolve(this.#take(this.#reader.buffer));
-    this.#reader = null;
-  }
-
-  #receiveControl(opcode: number, payload: Uint8Array): void {
-    // Its own close is sent when the server has written what is left.
-    if (opcode === CLOSE) this.#end();
-    // A pong for the last ping is enough (RFC 6455, 5.5.3): one that does not read
-    // them gets no more.
+  #receiveMessage({ opcode, payload }: Message): void {
+    if (opcode === TEXT) this.#receiveLine(payload);
+    // Our own close frame is sent when the chat server has written its last line.
+    else if (opcode === CLOSE) this.#endInput();
+    // It is enough to answer the last ping (RFC 6455, 5.5.3): a client that does
+    // not read its pongs gets no more of them.
     else if (opcode === PING && this.#socket.writableLength === 0) {
       this.#socket.write(makeFrame(PONG, payload));
     }
   }
 
-  #countOtherFrame(): void {
-    if (++this.#otherFrames <= MOST_OTHER_FRAMES || this.#ended) return;
-    this.#refuse(POLICY, "Too many pings or fragments");
+  #receiveLine(line: Uint8Array): void {
+    if (this.#pending.length + line.length >= MAX_PENDING_BYTES) {
+      throw new FrameError(POLICY, "Too much at once: send more slowly");
+    }
+    this.#pending.add(line);
+    this.#pending.add(LINE_END);
+    if (this.#pendingRead === null) return;
+    const { buffer, resolve } = this.#pendingRead;
+    this.#pendingRead = null;
+    resolve(this.#readPending(buffer));
   }
 
-  /** Ends the connection with a reason. */
+  /** Closes the connection because of what the client did. */
   #refuse(code: number, reason: string): void {
     this.#sendClose(code, reason);
     this.#fail(new Error(reason));
@@ -630,38 +674,39 @@ class WebSocketConnection implements Connection {
 
   // -- writing
 
-  /** Resolves when the system has taken the bytes: that is the backpressure, so
-   * one write of at most a segment of the log waits for each client. */
+  /** Resolves when the system has taken the bytes. That is the backpressure: the
+   * chat server writes to a client only after its last write, and at most one
+   * segment of the log. */
   write(bytes: Uint8Array): Promise<number> {
-    if (this.#closeSent || this.#closed) {
+    if (this.#closeSent || this.#isClosed) {
       return Promise.reject(this.#failure ?? new Error("It is closed"));
     }
-    // A message is whole lines, even if the bytes end within one.
-    const final = bytes.at(-1) === LF;
-    const opcode = this.#midLine ? CONTINUATION : BINARY_MESSAGE;
-    this.#midLine = !final;
-    const frame = makeSharedFrame(opcode, bytes, final);
-    this.#spoken = this.#writing = true;
+    // A message is whole lines: bytes that end within a line are a fragment.
+    const isFinal = bytes.at(-1) === LF;
+    const opcode = this.#isMidLine ? CONTINUATION : BINARY;
+    this.#isMidLine = !isFinal;
+    const frame = makeSharedFrame(opcode, bytes, isFinal);
+    this.#hasWritten = this.#isWriting = true;
     return new Promise((resolve, reject) => {
       this.#socket.write(frame, (error) => {
-        this.#writing = false;
+        this.#isWriting = false;
         if (error) reject(error);
         else resolve(bytes.length);
       });
     });
   }
 
-  /** Asks whether it is there. */
+  /** Sends a ping, or disconnects a client that has not answered the last one. */
   ping(): void {
-    this.#otherFrames = 0;
-    if (this.#closeSent || this.#closed) return;
-    if (!this.#alive) {
+    this.#messages.pinged();
+    if (this.#closeSent || this.#isClosed) return;
+    if (!this.#isAlive) {
       this.#fail(new Error("It does not answer"));
       this.#socket.destroy();
-    } else {
-      this.#alive = false;
-      this.#socket.write(makeFrame(PING, NO_BYTES));
+      return;
     }
+    this.#isAlive = false;
+    this.#socket.write(makeFrame(PING, NO_BYTES));
   }
 
   // -- closing
@@ -671,7 +716,7 @@ class WebSocketConnection implements Connection {
     return new Promise((resolve, reject) => {
       const written = (error?: Error | null) =>
         error ? reject(error) : resolve();
-      if (this.#closeSent || this.#closed) written(this.#failure);
+      if (this.#closeSent || this.#isClosed) written(this.#failure);
       else if (this.#isStopping()) {
         this.#sendClose(GOING_AWAY, SERVER_STOPS, written);
       } else this.#sendClose(NORMAL, "", written);
@@ -679,20 +724,20 @@ class WebSocketConnection implements Connection {
   }
 
   close(): void {
-    // One that has not taken the last write would not take more.
-    if (this.#writing) this.#socket.destroy();
-    else {
-      if (this.#isStopping()) this.#sendClose(GOING_AWAY, SERVER_STOPS);
-      else if (!this.#spoken) {
-        this.#sendClose(POLICY, "You cannot join from this address");
-      } else this.#sendClose(NORMAL, "");
-      this.#finish();
+    // A client that has not taken the last write would not take a close frame.
+    if (this.#isWriting) {
+      this.#socket.destroy();
+      return;
     }
+    if (this.#isStopping()) this.#sendClose(GOING_AWAY, SERVER_STOPS);
+    else if (this.#hasWritten) this.#sendClose(NORMAL, "");
+    else this.#sendClose(POLICY, "You cannot join from this address");
+    this.#finish();
   }
 
-  /** Ends the connection because the web server does. */
+  /** Closes the connection because the web server is closed. */
   goAway(): void {
-    if (!this.#closed) this.#refuse(GOING_AWAY, SERVER_STOPS);
+    if (!this.#isClosed) this.#refuse(GOING_AWAY, SERVER_STOPS);
   }
 
   #sendClose(
@@ -700,13 +745,13 @@ class WebSocketConnection implements Connection {
     reason: string,
     written?: (error?: Error | null) => void,
   ): void {
-    if (this.#closeSent || this.#closed) return;
+    if (this.#closeSent || this.#isClosed) return;
     this.#closeSent = true;
-    this.#socket.write(makeFrame(CLOSE, closePayload(code, reason)), written);
+    this.#socket.write(closeFrame(code, reason), written);
   }
 
   #finish(): void {
-    if (this.#closed) return;
+    if (this.#isClosed) return;
     this.#socket.end();
     destroyLater(this.#socket);
   }
@@ -743,7 +788,7 @@ export class WebServer implements AsyncDisposable {
   readonly #page: Page;
   readonly #proxies: TrustedProxies;
   readonly #connections = new Set<WebSocketConnection>();
-  /** Connections without a WebSocket, by {@linkcode peerOf}. */
+  /** Connections without a WebSocket, by {@linkcode remoteEnd}. */
   readonly #requests = new Set<string>();
   readonly #pingTimer: ReturnType<typeof setInterval>;
   readonly #closed = Promise.withResolvers<void>();
@@ -752,21 +797,36 @@ export class WebServer implements AsyncDisposable {
   private constructor(
     chat: ChatServer,
     http: ReturnType<typeof createHttpServer>,
-    { host, rate = 20, trustProxy = [], tlsCert, pingMilliseconds }: WebOptions,
+    proxies: TrustedProxies,
+    { host, rate = 20, tlsCert, pingMilliseconds }: WebOptions,
   ) {
     this.#chat = chat;
     this.#http = http;
     this.#page = new Page(rate);
-    this.#proxies = new TrustedProxies(trustProxy);
+    this.#proxies = proxies;
     this.port = (http.address() as { port: number }).port;
     const anywhere = host === "0.0.0.0" || host === "::";
     const name = anywhere ? "localhost" : urlHost(host);
     const scheme = tlsCert ? "https" : "http";
     this.url = new URL(`${scheme}://${name}:${this.port}`).origin;
 
+    this.#handleRequests();
+    this.#pingTimer = setInterval(
+      () => this.#connections.forEach((it) => it.ping()),
+      pingMilliseconds ?? PING_MILLISECONDS,
+    );
+    Deno.unrefTimer(Number(this.#pingTimer));
+    // The chat server sends its clients the last line, and closes their
+    // connections itself.
+    chat.stopping.addEventListener("abort", () => this.#stopListening());
+    if (chat.stopping.aborted) this.#stopListening();
+  }
+
+  #handleRequests(): void {
+    const http = this.#http;
     http.on("connection", (socket: Socket) => this.#limitRequests(socket));
     http.on("request", (request, response) => {
-      request.on("error", () => {}); // the connection's trouble, which ends it
+      request.on("error", () => {}); // the connection failed, and is closed
       respond(request, response, answerOf(this.#page, request));
     });
     http.on("upgrade", (request, socket, head) => {
@@ -774,31 +834,24 @@ export class WebServer implements AsyncDisposable {
     });
     http.on("clientError", (_error, socket) => socket.destroy());
     http.on("close", () => this.#closed.resolve());
-    this.#pingTimer = setInterval(
-      () => this.#connections.forEach((it) => it.ping()),
-      pingMilliseconds ?? PING_MILLISECONDS,
-    );
-    Deno.unrefTimer(Number(this.#pingTimer));
-    // The room tells its people of the end, and then closes their connections.
-    chat.stopping.addEventListener("abort", () => this.#stopListening());
-    if (chat.stopping.aborted) this.#stopListening();
+    // Out of descriptors, for example. The listener itself is still good.
+    http.on("error", () => {});
   }
 
   /**
    * Opens the web listener of a room. It closes when the room does.
    *
-   * @param chat the room
-   * @param options where it listens, and how
-   * @throws {Error} if the address and port cannot be listened on, or an option
+   * @param chat the chat server that clients join
+   * @throws {Error} if it cannot listen on the address and port, or an option
    * cannot be used; the message says why, and what to do
    */
   static async listen(
     chat: ChatServer,
     options: WebOptions,
   ): Promise<WebServer> {
-    new TrustedProxies(options.trustProxy ?? []); // before anything is opened
-    const { host, port, tlsCert, tlsKey } = options;
+    const { host, port, tlsCert, tlsKey, trustProxy = [] } = options;
     const { requestMilliseconds = REQUEST_MILLISECONDS } = options;
+    const proxies = new TrustedProxies(trustProxy); // throws before it listens
     const limits = {
       headersTimeout: requestMilliseconds,
       requestTimeout: requestMilliseconds,
@@ -809,61 +862,58 @@ export class WebServer implements AsyncDisposable {
       ? createHttpsServer({ ...limits, cert: tlsCert, key: tlsKey })
       : createHttpServer(limits);
     await new Promise<void>((resolve, reject) => {
-      http.once("error", (error: NodeJS.ErrnoException) =>
-        reject(
-          new Error(
-            `Cannot listen on ${urlHost(host)}:${port}: ${
-              listenProblem(error)
-            }`,
-            { cause: error },
-          ),
-        ));
+      http.once("error", (cause: NodeJS.ErrnoException) => {
+        const why = listenProblem(cause);
+        const message = `Cannot listen on ${urlHost(host)}:${port}: ${why}`;
+        reject(new Error(message, { cause }));
+      });
       http.listen(port, host, resolve);
     });
-    http.on("error", () => {}); // out of descriptors, say: the listener is good
-    return new WebServer(chat, http, options);
+    return new WebServer(chat, http, proxies, options);
   }
 
   #limitRequests(socket: Socket): void {
-    if (this.#requests.size >= MOST_REQUESTS) {
+    if (this.#requests.size >= MAX_REQUESTS) {
       socket.destroy();
       return;
     }
-    const key = peerOf(socket);
+    const key = remoteEnd(socket);
     this.#requests.add(key);
     socket.on("close", () => this.#requests.delete(key));
   }
 
   #upgrade(request: IncomingMessage, socket: Socket, head: Uint8Array): void {
     socket.on("error", () => {});
-    if (
-      pathOf(request) !== "/chat" || request.method !== "GET" ||
-      request.headers.upgrade?.toLowerCase() !== "websocket"
-    ) {
-      // A request may offer another upgrade, such as to HTTP/2, and be content
-      // with the page.
-      return respondRaw(socket, answerOf(this.#page, request));
-    }
-    const refusal = upgradeRefusal(request);
-    if (refusal !== null) return respondRaw(socket, refusal);
-    socket.setNoDelay(true); // a line does not wait for another to join it
+    const isWebSocket = pathOf(request) === "/chat" &&
+      request.method === "GET" &&
+      request.headers.upgrade?.toLowerCase() === "websocket";
+    // Any other upgrade, such as to HTTP/2, may be ignored: the client takes the
+    // answer to the plain request too.
+    const refusal = isWebSocket
+      ? upgradeRefusal(request)
+      : answerOf(this.#page, request);
+    if (refusal !== null) return refuseUpgrade(request, socket, refusal);
+    const key = request.headers["sec-websocket-key"]!;
+    socket.setNoDelay(true); // a line does not wait for the next one
     socket.setTimeout(0);
     socket.write(
       "HTTP/1.1 101 Switching Protocols\r\n" +
         "Upgrade: websocket\r\nConnection: Upgrade\r\n" +
-        `Sec-WebSocket-Accept: ${
-          acceptKey(request.headers["sec-websocket-key"]!)
-        }\r\n\r\n`,
+        `Sec-WebSocket-Accept: ${acceptKey(key)}\r\n\r\n`,
     );
-    this.#requests.delete(peerOf(socket));
+    this.#requests.delete(remoteEnd(socket));
+    this.#admit(request, socket, head);
+  }
+
+  #admit(request: IncomingMessage, socket: Socket, head: Uint8Array): void {
     const connection = new WebSocketConnection(socket, () => this.#stopping);
     this.#connections.add(connection);
     socket.on("close", () => this.#connections.delete(connection));
-    const hostname = this.#proxies.clientAddress(
-      socket.remoteAddress ?? "",
-      request,
-    );
-    this.#chat.admit(connection, { hostname, port: socket.remotePort ?? 0 });
+    const { remoteAddress = "", remotePort = 0 } = socket;
+    this.#chat.admit(connection, {
+      hostname: this.#proxies.clientAddress(remoteAddress, request),
+      port: remotePort,
+    });
     if (head.length > 0) connection.receive(head);
   }
 
@@ -887,14 +937,14 @@ export class WebServer implements AsyncDisposable {
     await this.#closed.promise;
   }
 
-  /** Closes it at the end of an `await using` block. */
+  /** Closes the web server at the end of an `await using` block. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }
 }
 
-/** What a socket and the TLS socket around it have in common. */
-function peerOf({ remoteAddress, remotePort }: Socket): string {
+/** Identifies a connection: a socket and the TLS socket on it have the same. */
+function remoteEnd({ remoteAddress, remotePort }: Socket): string {
   return `${remoteAddress} ${remotePort}`;
 }
 

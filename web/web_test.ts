@@ -292,6 +292,21 @@ Deno.test("a request that offers another upgrade gets the page", async () => {
   assertEquals(client.status, 200);
 });
 
+Deno.test("the answer to HEAD has no content, even if an upgrade is refused", async () => {
+  await using room = await open();
+  const { hostname, port, host } = new URL(room.url);
+  for (const connection of ["close", "Upgrade\r\nUpgrade: websocket"]) {
+    const conn = await Deno.connect({ hostname, port: Number(port) });
+    const head = [`Host: ${host}`, `Connection: ${connection}`].join("\r\n");
+    await writeAll(conn, encoder.encode(`HEAD / HTTP/1.1\r\n${head}\r\n\r\n`));
+    const answer = await within(
+      new Response(conn.readable).text(),
+      "an answer",
+    );
+    assertMatch(answer, /^HTTP\/1\.1 200 .*\r\n\r\n$/s);
+  }
+});
+
 Deno.test("a connection that sends no whole request is closed", async () => {
   await using room = await open({}, { requestMilliseconds: 200 });
   const { port } = room.web;
@@ -460,6 +475,16 @@ Deno.test("messages arrive whole however they are fragmented and cut", async () 
   assertEquals(await bob.next(), "[guest2] end");
   const pong = await client.frameOf(PONG);
   assertEquals(decoder.decode(pong.payload), "are you there?");
+});
+
+Deno.test("a ping within a message does not count towards its length", async () => {
+  await using room = await open();
+  using client = await Client.join(room.url);
+  await client.send(
+    frame(TEXT, "x".repeat(65_500), { final: false }),
+    frame(PING, "y".repeat(125)),
+  );
+  assertEquals((await client.frameOf(PONG)).payload.length, 125);
 });
 
 Deno.test("what no client may send ends the connection with the code for it", async () => {
