@@ -1,8 +1,6 @@
 /**
- * What a server said to the others: an append-only log of entries, of which the
- * last 4 MiB are kept to be sent again.
- *
- * The others, and the link that publishes, are cursors into it.
+ * What happens on this server, for the others: an append-only log of numbered
+ * entries. The last 4 MiB are kept, so that entries can be sent again.
  *
  * @module
  */
@@ -18,41 +16,46 @@ import {
   Writer,
 } from "./wire.ts";
 
-/** How many bytes of entries are kept to be sent again. */
-export const WINDOW_BYTES = 4 * 1024 * 1024;
+const WINDOW_BYTES = 4 * 1024 * 1024;
 
 const LF = 10;
 const encoder = new TextEncoder();
 
-/** People by name, and why they are away (`null`: they are not). */
+/** Why each person is away, by name; `null` for a person who is not. */
 export type People = Map<string, string | null>;
 
+/** A part of the log, which fits in one message. */
 class Segment {
   readonly bytes = new Uint8Array(ENTRIES_BYTES);
+  /** How many of the bytes are used. */
   length = 0;
+  /** How many entries are in it, and how many lines in them. */
   entries = 0;
-  /** How many lines are in it. */
-  said = 0;
+  lines = 0;
   next: Segment | null = null;
+
   /** @param first the number of the first entry
-   * @param lines how many lines were said before it */
-  constructor(readonly first: number, readonly lines: number) {}
+   * @param linesBefore how many lines there are before it in the log */
+  constructor(readonly first: number, readonly linesBefore: number) {}
 }
 
-/** A place between two entries. */
+/** A position between two entries. */
 export interface Cursor {
   /** The number of the next entry. */
   number: number;
-  /** How many lines were said before it. */
+  /** How many lines there are before it. */
   lines: number;
+  /** Where it is in memory. */
   segment: Segment;
   offset: number;
 }
 
-/** Entries as they are sent. */
+/** Entries for one message. */
 export interface Batch {
+  /** The number of the first entry, and how many lines there are before it. */
   first: number;
   lines: number;
+  /** How many entries there are. */
   count: number;
   bytes: Uint8Array;
 }
@@ -63,22 +66,23 @@ export class Log {
   readonly people: People = new Map();
   /** The people before the first entry that is kept. */
   readonly peopleAtStart: People = new Map();
-  /** How many entries there were, and lines in them. */
+  /** The number of the next entry. */
   end = 0;
-  lines = 0;
   #head = new Segment(0, 0);
   #tail = this.#head;
   #segments = 1;
-  readonly #mostSegments: number;
-  /** Entries below this number were sent, and do not change any more. */
+  readonly #maxSegments: number;
+  /** Entries below this number have been sent, and do not change any more. */
   #sealed = 0;
-  /** The last entry, if lines can be added to it. */
-  #open: { name: string; action: boolean; at: number; offset: number } | null =
-    null;
+  /** The last entry, if more lines of the same person can be added to it. `offset`
+   * is that of its number of lines. */
+  #open:
+    | { name: string; action: boolean; number: number; offset: number }
+    | null = null;
 
-  /** @param window how many bytes are kept */
+  /** @param window how many bytes are kept; at least two segments are */
   constructor(window: number = WINDOW_BYTES) {
-    this.#mostSegments = Math.max(2, Math.floor(window / ENTRIES_BYTES));
+    this.#maxSegments = Math.max(2, Math.floor(window / ENTRIES_BYTES));
   }
 
   /** The number of the first entry that is kept. */
@@ -86,12 +90,12 @@ export class Log {
     return this.#head.first;
   }
 
-  /** Lines that `name` said, with their ends. */
+  /** Adds whole lines of a person, with their ends (LF). */
   say(name: string, lines: Uint8Array, action: boolean): void {
     while (lines.length) {
-      let length = Math.min(lines.length, SAID_BYTES);
-      if (length < lines.length) {
-        length = lines.lastIndexOf(LF, length - 1) + 1 || length;
+      let length = lines.length;
+      if (length > SAID_BYTES) {
+        length = lines.lastIndexOf(LF, SAID_BYTES - 1) + 1 || SAID_BYTES;
       }
       this.#addLines(name, lines.subarray(0, length), action);
       lines = lines.subarray(length);
@@ -115,12 +119,13 @@ export class Log {
     this.#add(new Writer().u8(Type.Away).string(name).away(reason));
   }
 
-  /** The place before entry `number`, or `null` if it is not kept or not yet. */
+  /** The position before entry `number`; `null` if that entry is not kept any more
+   * or does not exist. */
   seek(number: number): Cursor | null {
     if (number < this.start || number > this.end) return null;
     let segment = this.#head;
     while (segment.next && segment.next.first <= number) segment = segment.next;
-    let lines = segment.lines;
+    let lines = segment.linesBefore;
     const reader = new Reader(segment.bytes);
     for (let at = segment.first; at < number; at++) {
       lines += countLines(readEntry(reader));
@@ -128,14 +133,14 @@ export class Log {
     return { number, lines, segment, offset: reader.offset };
   }
 
-  /** The first place that is kept. */
+  /** The position before the first entry that is kept. */
   first(): Cursor {
-    const segment = this.#head;
-    return { number: segment.first, lines: segment.lines, segment, offset: 0 };
+    const segment = this.#head, { first: number, linesBefore: lines } = segment;
+    return { number, lines, segment, offset: 0 };
   }
 
-  /** Reads as many entries as one message takes and moves the cursor after
-   * them, but not past `limit`. `null` if there are none. */
+  /** Reads as many entries as fit in one message, but none from number `limit` on,
+   * and moves the cursor behind them. `null` if there are none. */
   read(cursor: Cursor, limit: number): Batch | null {
     if (cursor.number >= limit) return null;
     let { segment, offset } = cursor;
@@ -143,13 +148,12 @@ export class Log {
       segment = segment.next;
       offset = 0;
     }
-    const after = segment.first + segment.entries;
+    const end = segment.first + segment.entries;
     const { number: first, lines } = cursor;
-    if (after <= limit) {
-      const next = segment.next;
+    if (end <= limit) {
       Object.assign(cursor, {
-        number: after,
-        lines: next ? next.lines : this.lines,
+        number: end,
+        lines: segment.linesBefore + segment.lines,
         segment,
         offset: segment.length,
       });
@@ -166,11 +170,10 @@ export class Log {
   #addLines(name: string, lines: Uint8Array, action: boolean): void {
     let count = 0;
     for (let at = -1; (at = lines.indexOf(LF, at + 1)) >= 0;) count++;
-    this.lines += count;
     if (this.#addToOpenEntry(name, lines, action, count)) return;
-    // Written in its place: what a person says costs half as much as by a Writer.
-    const most = 2 + NAME_BYTES + 4 + lines.length;
-    if (this.#tail.length + most > ENTRIES_BYTES) this.#addSegment();
+    // Written in place, which takes half the time of a Writer.
+    const maxLength = 2 + NAME_BYTES + 4 + lines.length;
+    if (this.#tail.length + maxLength > ENTRIES_BYTES) this.#addSegment();
     const tail = this.#tail, { bytes, length: start } = tail;
     const { written } = encoder.encodeInto(
       name,
@@ -179,16 +182,16 @@ export class Log {
     const offset = start + 2 + written, size = lines.length;
     bytes[start] = action ? Type.Action : Type.Said;
     bytes[start + 1] = written;
-    putNumbers(bytes, offset, count, size);
+    putU16Pair(bytes, offset, count, size);
     bytes.set(lines, offset + 4);
     tail.length = offset + 4 + size;
     tail.entries++;
-    tail.said += count;
-    this.#open = { name, action, at: this.end++, offset };
+    tail.lines += count;
+    this.#open = { name, action, number: this.end++, offset };
   }
 
-  /** Adds lines to the last entry, if it is the same person's and was not sent:
-   * one who pastes makes few entries of many lines. */
+  /** Adds lines to the last entry, if it has the same author and has not been sent:
+   * a paste makes few entries of many lines. */
   #addToOpenEntry(
     name: string,
     lines: Uint8Array,
@@ -197,17 +200,17 @@ export class Log {
   ): boolean {
     const open = this.#open, { bytes, length } = this.#tail;
     if (
-      open === null || open.at < this.#sealed || open.name !== name ||
+      open === null || open.number < this.#sealed || open.name !== name ||
       open.action !== action || length + lines.length > bytes.length
     ) return false;
     const { offset } = open;
     const size = length - offset - 4 + lines.length;
     if (size > SAID_BYTES) return false;
-    const all = (bytes[offset] << 8) + bytes[offset + 1] + count;
-    putNumbers(bytes, offset, all, size);
+    const total = (bytes[offset] << 8) + bytes[offset + 1] + count;
+    putU16Pair(bytes, offset, total, size);
     bytes.set(lines, length);
     this.#tail.length += lines.length;
-    this.#tail.said += count;
+    this.#tail.lines += count;
     return true;
   }
 
@@ -225,10 +228,11 @@ export class Log {
   }
 
   #addSegment(): void {
-    const tail = new Segment(this.end, this.#tail.lines + this.#tail.said);
+    const { linesBefore, lines } = this.#tail;
+    const tail = new Segment(this.end, linesBefore + lines);
     this.#tail.next = tail;
     this.#tail = tail;
-    if (++this.#segments > this.#mostSegments) this.#dropSegment();
+    if (++this.#segments > this.#maxSegments) this.#dropSegment();
   }
 
   #dropSegment(): void {
@@ -240,8 +244,7 @@ export class Log {
   }
 }
 
-/** Writes two numbers of two bytes. */
-function putNumbers(
+function putU16Pair(
   bytes: Uint8Array,
   offset: number,
   first: number,
@@ -253,7 +256,6 @@ function putNumbers(
   bytes[offset + 3] = second;
 }
 
-/** Changes `people` as an entry says. */
 function applyTo(people: People, entry: Entry): void {
   const { type, name } = entry;
   if (type === Type.Joined) people.set(name, null);

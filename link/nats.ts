@@ -1,13 +1,13 @@
 /**
- * The NATS client, for types and for `deno compile --include link/nats.ts`.
+ * The NATS client: its types, and the file to give to `deno compile --include`.
  *
- * `link.ts` imports the same package by a name that is not known before it runs:
- * otherwise every start of Parley would download it, linked or not. (By the name
- * of a file it would need `--allow-read`.)
+ * `link.ts` loads the same package with `import()` of a variable. With a literal
+ * name, Deno would download the package at every start of Parley, linked or not;
+ * and for the name of this file it would need `--allow-read`.
  *
- * It is the core, which `@nats-io/transport-node` builds on: see `transport.ts`.
+ * This is only the core of the client; `transport.ts` makes its connections.
  *
  * @module
  */
-// Not in the import map either: what is there is downloaded by every start.
+// Not in the import map: Deno downloads what is there at every start.
 export * from "npm:@nats-io/nats-core@3.4.0/internal";

@@ -1,16 +1,16 @@
 /**
- * How the NATS client reaches a NATS server: over TCP, and TLS, of Deno.
+ * TCP and TLS for the NATS client, with the APIs of Deno.
  *
- * `@nats-io/transport-node` does the same over `node:net`. But a connection that
- * is reset while it closes, as after a wrong password, now and then ends the
- * process there: the error comes when the listeners are removed already (19 of
- * 600 connections to a server on the same machine).
+ * `@nats-io/transport-node` does the same with `node:net`. But if a connection is
+ * reset while it closes, as after a wrong password, an error can be emitted after
+ * its listeners have been removed, which ends the process: in 19 of 600
+ * connections to a server on the same machine.
  *
  * @module
  */
 import type * as Nats from "./nats.ts";
 
-/** The longest first message of a server. It tells what it is, in JSON. */
+/** The longest INFO message, with which a NATS server begins, in bytes. */
 const INFO_BYTES = 65_536;
 
 const READ_BYTES = 65_536;
@@ -25,10 +25,10 @@ export class DenoTransport implements Nats.Transport {
   isClosed = false;
   #conn: Deno.TcpConn | Deno.TlsConn | null = null;
   #encrypted = false;
-  /** What was read already: the first message of the server. */
-  #first = new Uint8Array(0);
-  /** What waits for the write before. The link bounds it. */
-  #waiting: Uint8Array[] = [];
+  /** The INFO message. The client reads it too. */
+  #info = new Uint8Array(0);
+  /** Frames that are not written yet. The room bounds them: at most 2 MiB. */
+  #pending: Uint8Array[] = [];
   #writing = false;
   readonly #closed = Promise.withResolvers<void | Error>();
 
@@ -55,13 +55,13 @@ export class DenoTransport implements Nats.Transport {
   }
 
   async *[Symbol.asyncIterator](): AsyncIterableIterator<Uint8Array> {
-    yield this.#first;
+    yield this.#info;
     const buffer = new Uint8Array(READ_BYTES);
     try {
       while (!this.isClosed) {
         const count = await this.#conn!.read(buffer);
         if (count === null) break;
-        // A copy: the buffer is used again, and the client may keep a part.
+        // A copy: the client may keep a part, and the buffer is used again.
         yield buffer.slice(0, count);
       }
       this.#end();
@@ -72,7 +72,7 @@ export class DenoTransport implements Nats.Transport {
 
   send(frame: Uint8Array): void {
     if (this.isClosed) return;
-    this.#waiting.push(frame);
+    this.#pending.push(frame);
     if (!this.#writing) this.#write();
   }
 
@@ -97,7 +97,7 @@ export class DenoTransport implements Nats.Transport {
     this.#end();
   }
 
-  /** Takes a connection, unless all was over before it was made. */
+  /** Keeps a new connection, unless the transport was closed meanwhile. */
   #use<Conn extends Deno.TcpConn | Deno.TlsConn>(conn: Conn): Conn {
     this.#conn = conn;
     if (!this.isClosed) return conn;
@@ -115,8 +115,8 @@ export class DenoTransport implements Nats.Transport {
       if (count === null) throw new Error("no NATS server answers there");
       length += count;
     }
-    this.#first = bytes.slice(0, length);
-    const text = new TextDecoder().decode(this.#first);
+    this.#info = bytes.slice(0, length);
+    const text = new TextDecoder().decode(this.#info);
     const [, json] = /^INFO\s+(\{.*\})\s*$/.exec(text) ?? [];
     if (json === undefined) throw new Error("no NATS server answers there");
     return JSON.parse(json);
@@ -125,7 +125,7 @@ export class DenoTransport implements Nats.Transport {
   async #write(): Promise<void> {
     this.#writing = true;
     try {
-      for (let frame; (frame = this.#waiting.shift()) !== undefined;) {
+      for (let frame; (frame = this.#pending.shift()) !== undefined;) {
         while (frame.length) {
           frame = frame.subarray(await this.#conn!.write(frame));
         }
@@ -140,10 +140,10 @@ export class DenoTransport implements Nats.Transport {
     if (this.isClosed) return;
     this.isClosed = true;
     this.closeError = error;
-    this.#waiting = [];
+    this.#pending = [];
     try {
       this.#conn?.close();
-    } catch { /* it was closed with the connection under it */ }
+    } catch { /* startTls has taken it over, and closes it */ }
     this.#closed.resolve(error);
   }
 }

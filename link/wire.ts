@@ -1,5 +1,5 @@
 /**
- * The messages of a link, as bytes. Their meaning is in `link.ts`.
+ * The messages of a link, as bytes. `link.ts` says what they mean.
  *
  * All numbers are big-endian. A message is a header of 12 bytes and a body:
  *
@@ -18,26 +18,28 @@
  * | claim | nothing |
  * | held | identity refused (8) |
  *
- * A name is its length (1) and UTF-8; a text is its length (2) and UTF-8; why
- * somebody is away is a byte that says whether, and the text if it is not 0.
+ * The number in parentheses is the length of a field in bytes. A name is its
+ * length (1) and UTF-8. A text is its length (2) and UTF-8. _People_ are names, each
+ * with a state: 0 (1) for a person who is here, or 1 (1) and the reason for a
+ * person who is away.
  *
- * An entry is its type (1), a name, and for
+ * An entry is its type (1), the name of a person, and then
  *
- * - said, action: how many lines (2), their length (2), and the lines
+ * - said, action: the number of lines (2), their length (2), and the lines
  * - joined: nothing; left: the reason; renamed: the new name; away: the state
  *
  * @module
  */
 
-/** The longest message, in bytes; NATS takes up to 1 MB unless told otherwise. */
+/** The longest message, in bytes; by default NATS accepts 1 MB. */
 export const MESSAGE_BYTES = 65_536;
-export const HEADER_BYTES = 12;
-export const ENTRIES_HEADER_BYTES = HEADER_BYTES + 16;
-/** The most bytes of entries in one message. */
-export const ENTRIES_BYTES = MESSAGE_BYTES - ENTRIES_HEADER_BYTES;
+/** The most bytes of entries in one message: all but the header and the numbers
+ * before the entries. */
+export const ENTRIES_BYTES = MESSAGE_BYTES - 12 - 16;
 /** The most bytes of lines in one entry. */
 export const SAID_BYTES = 16_384;
-/** The longest reason or private message, in bytes: a line and some room. */
+/** The longest reason or private message, in bytes: more than the longest line,
+ * which has 4,096. */
 export const TEXT_BYTES = 5_000;
 /** The longest name, in bytes: 24 characters of four. */
 export const NAME_BYTES = 96;
@@ -70,11 +72,11 @@ export const Type = {
   Away: 6,
 } as const;
 
-/** Flags of a message: a raw room; answer at once; the last message. */
+/** Flags of a message: the room is raw; a heartbeat is wanted in answer; the
+ * sender stops. */
 export const RAW = 1, HELLO = 2, GOODBYE = 4;
 
-/** How entries are asked for: from a number on, or the people of now and then
- * what follows. */
+/** Modes of asking: for the entries from a number on, or for the people of now. */
 export const FROM = 0, NOW = 1;
 
 /** What is removed from texts: control characters, line and paragraph separators,
@@ -86,7 +88,8 @@ const CONTROLS =
 const encoder = new TextEncoder();
 const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
-/** What a message is that does not follow the format. */
+/** Thrown for a message that is to be dropped. Its text completes the sentence "it
+ * was …". */
 export class BrokenMessage extends Error {
   override name = "BrokenMessage";
 }
@@ -175,8 +178,8 @@ export class Writer {
   }
 }
 
-/** Reads a message or entries. Throws a {@linkcode BrokenMessage} where the
- * bytes end too early or do not follow the format. */
+/** Reads a message or entries. Its methods throw a {@linkcode BrokenMessage} if
+ * the bytes end too early or break the format. */
 export class Reader {
   offset = 0;
   #view: DataView;
@@ -244,13 +247,13 @@ export class Reader {
     return this.u8() === 0 ? null : this.text();
   }
 
-  /** Says that nothing may follow. */
+  /** Throws if bytes are left. */
   end(): void {
     if (!this.ended) throw new BrokenMessage("too long");
   }
 
   #decode(at: number, length: number): string {
-    // A short name out of ASCII takes a fifth of what the decoder takes.
+    // For a short name in ASCII this takes a fifth of the decoder's time.
     let text = "";
     for (let i = at; i < at + length; i++) {
       const byte = this.bytes[i];
@@ -278,7 +281,7 @@ export class Reader {
   }
 }
 
-/** One entry of the log of a server. */
+/** An entry of a log. */
 export type Entry =
   & { name: string }
   & (
