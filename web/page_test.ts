@@ -432,6 +432,29 @@ browserTest("the title counts unread messages", async () => {
   );
 });
 
+browserTest(
+  "a message that contains the own name as a word is marked",
+  async () => {
+    await using room = await open();
+    await using bob = await Terminal.join(room.server, "bob");
+    await using anna = await Visitor.join(room.url, "anna");
+    await bob.say(
+      "annabel is here",
+      "annabel asks ANNA",
+      "(anna)",
+      "joanna",
+      "anna-lena",
+      "\u{1d44e}anna",
+      "the end",
+    );
+    await anna.sees(/the end/);
+    assertEquals(
+      await anna.page.locator("#log .mention .text").allTextContents(),
+      ["annabel asks ANNA", "(anna)"],
+    );
+  },
+);
+
 browserTest("the keyboard recalls and completes", async () => {
   await using room = await open();
   await using _bob = await Terminal.join(room.server, "bob_the_builder");
