@@ -18,7 +18,7 @@ import { GOODBYE, HELLO, Kind, RAW, Reader, Type, Writer } from "./wire.ts";
 
 const ignore = !await hasNatsServer();
 
-/** A room that is linked, and what its operator was told. */
+/** A linked room, and what its operator was told. */
 class Room extends FakeServer implements AsyncDisposable {
   readonly warnings: string[] = [];
   readonly printed: string[] = [];
@@ -105,7 +105,7 @@ function flood(
 const delay = (milliseconds: number) =>
   new Promise((resolve) => setTimeout(resolve, milliseconds));
 
-test("people of two servers talk, act, come and leave as in one room", async () => {
+test("people on two servers talk, act, join and leave as in one room", async () => {
   await using nats = await NatsServer.start();
   const [tokyo, paris] = await openTwo(nats);
   await using _tokyo = tokyo;
@@ -129,7 +129,7 @@ test("people of two servers talk, act, come and leave as in one room", async () 
   assertEquals([...tokyo.warnings, ...paris.warnings], []);
 });
 
-test("a newcomer among servers is told who is there, and a stopped one is missed in one line", async () => {
+test("a new server learns who is there, and the people of a server that stops leave in one line", async () => {
   await using nats = await NatsServer.start();
   const [tokyo, paris] = await openTwo(nats);
   await using _paris = paris;
@@ -247,7 +247,7 @@ test("what an outage is too long for is counted, and the rest arrives", async ()
   assert(paris.here.has("carol@tokyo"));
 });
 
-test("a server that cannot reach NATS opens alone, warns once, and is linked when it can be", async () => {
+test("a server that cannot reach NATS starts alone, warns once, and is linked later", async () => {
   const port = freePort();
   const secret = `nats://user:secret@127.0.0.1:${port}`;
   await using tokyo = await Room.open(secret, "tokyo");
@@ -374,7 +374,7 @@ test("a server that crashes and starts again takes its name back, without ghosts
   assertEquals(tokyo.warnings, []);
 });
 
-test("a server that does not move is gone after 15 s and delays nobody, and goes on where it was", async () => {
+test("a paused server is gone after 15 s, delays no other, and goes on where it was", async () => {
   await using nats = await NatsServer.start();
   const [tokyo, oslo] = await openTwo(nats);
   await using _tokyo = tokyo;
@@ -599,7 +599,7 @@ test("numbers that cannot be, and a crowd without an end, are bounded", async ()
   assert(asked.length < 20, `${asked.length} questions`);
 });
 
-test("a goodbye that another one said is corrected by the next heartbeat", async () => {
+test("a forged goodbye is corrected by the next heartbeat", async () => {
   await using nats = await NatsServer.start();
   const [tokyo, paris] = await openTwo(nats);
   await using _tokyo = tokyo;
@@ -644,7 +644,7 @@ test("a user and password, and a token, let in and are never shown", async () =>
   }
 });
 
-test("tls:// is encrypted, and asks for a certificate that is trusted", async () => {
+test("tls:// is encrypted, and needs a trusted certificate", async () => {
   const directory = await Deno.makeTempDir();
   const file = (name: string) => `${directory}/${name}`;
   const openssl = async (...args: string[]) => {
@@ -714,7 +714,7 @@ test("permissions bind a name to a user", async () => {
   );
 });
 
-test("a credentials file lets in", async () => {
+test("a credentials file is accepted", async () => {
   const operator = nkeys.createOperator(), account = nkeys.createAccount();
   const user = nkeys.createUser();
   const token = (
@@ -775,7 +775,7 @@ resolver_preload: { ${account.getPublicKey()}: ${accountToken} }`,
   ]);
 });
 
-test("options that cannot be are refused, without showing a password", async () => {
+test("invalid options are refused without showing a password", async () => {
   for (
     const [options, problem] of [
       [{ as: "to kyo" }, "Cannot use to kyo for --link-as: give"],

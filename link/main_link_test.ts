@@ -219,7 +219,7 @@ test("clients of two servers are in one room", async () => {
   await bob.next("* carol@tokyo has left the room (bye)");
 });
 
-test("a name with @ is nobody's own, and a person elsewhere cannot be kicked by name", async () => {
+test("no local name has an @, and a person elsewhere cannot be kicked by name", async () => {
   await using nats = await NatsServer.start();
   await using tokyo = await Server.linked(nats, "tokyo");
   using alice = await Client.join(tokyo.port);
@@ -272,7 +272,7 @@ test("a name in use ends the second start with a clear error", async () => {
   assert(!(await second.status).success);
 });
 
-test("NATS that cannot be reached is one warning, without the password", async () => {
+test("one warning, without the password, says that NATS cannot be reached", async () => {
   const url = `nats://tom:secret@127.0.0.1:${freePort()}`;
   await using tokyo = new Server(
     ...["--port", "0", "--link", url, "--link-as", "tokyo"],
@@ -285,7 +285,7 @@ test("NATS that cannot be reached is one warning, without the password", async (
   assert(!tokyo.text.includes("secret"), tokyo.text);
 });
 
-test("a server that stops says so to the others", async () => {
+test("other servers are told that a server stops", async () => {
   await using nats = await NatsServer.start();
   await using tokyo = await Server.linked(nats, "tokyo");
   await using paris = await Server.linked(nats, "paris");

@@ -84,7 +84,7 @@ export class NameClaim {
     this.#decided(false);
   }
 
-  /** Takes a message of another process that uses the name of this server. */
+  /** Handles a message of another process that uses the name of this server. */
   read(reader: Reader, kind: number, flags: number, identity: string): void {
     if (kind === Kind.Claim) return this.#readClaim(identity);
     if (kind === Kind.Held) {

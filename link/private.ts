@@ -94,7 +94,7 @@ export class PrivateMessages {
     );
   }
 
-  /** Takes a message of the other server, and answers it. */
+  /** Handles a message of the other server, and answers it. */
   read(reader: Reader): void {
     const identity = reader.identity(), number = reader.u48();
     const firstUnanswered = reader.u48();
@@ -128,7 +128,7 @@ export class PrivateMessages {
     this.#answers.delete(oldest);
   }
 
-  /** Takes the other server's answer to a message. */
+  /** Handles the other server's answer to a message. */
   readAnswer(reader: Reader): void {
     const identity = reader.identity(), number = reader.u48();
     const answer = reader.u8();

@@ -239,7 +239,7 @@ export class Publisher {
 
   // -- parts of the log that others ask for
 
-  /** Takes the message of a server that asks for a part of the log. */
+  /** Handles the message of a server that asks for a part of the log. */
   readAsk(reader: Reader, from: string): void {
     const asked = reader.identity(), mode = reader.u8(), number = reader.u48();
     reader.end();
@@ -251,7 +251,7 @@ export class Publisher {
       if (!isForUs || mode === FROM) return;
     }
     if (number > this.#log.end && mode === FROM) {
-      throw new BrokenMessage("with a number that cannot be");
+      throw new BrokenMessage("with an impossible number");
     }
     if (!this.#askers.has(from) && this.#askers.size >= MAX_ASKERS) return;
     const asker = mode === FROM

@@ -184,7 +184,7 @@ export class LinkedRoom implements LinkEvents {
 
   // -- messages
 
-  /** Takes a message of another server.
+  /** Handles a message of another server.
    *
    * @param subject after the name of the room, such as `log.paris`; the last word
    * is the server that published it */
@@ -193,7 +193,7 @@ export class LinkedRoom implements LinkEvents {
     const [kind, ...names] = subject.split(".");
     const from = names.at(-1) ?? "";
     if (names.length > 2 || !SERVER_NAME.test(from)) {
-      return this.#report.dropped("a server", "under a name that cannot be");
+      return this.#report.dropped("a server", "under an invalid name");
     }
     try {
       if (message.length > MESSAGE_BYTES) throw new BrokenMessage("too long");

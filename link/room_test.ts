@@ -1,12 +1,12 @@
 /**
- * One linked room, which is sent single messages of another server.
+ * One linked room, and single messages of another server.
  *
  * @module
  */
-import { assertEquals } from "@std/assert";
+import { assert, assertEquals } from "@std/assert";
 import { FakeServer } from "./fake_server.ts";
 import { type Clock, LinkedRoom } from "./room.ts";
-import { GOODBYE, Kind, Reader, Writer } from "./wire.ts";
+import { FROM, GOODBYE, Kind, NOW, Reader, Writer } from "./wire.ts";
 
 const TOKYO = "00000000000000aa", PARIS = "00000000000000bb";
 
@@ -19,7 +19,7 @@ class Tokyo {
   readonly warnings: string[] = [];
   /** How often the link was made. */
   linked = 0;
-  /** What was sent to all or to paris and not looked at, as subject and bytes. */
+  /** The messages that were sent, read up to the end of their headers. */
   sent: { subject: string; message: Reader; kind: number }[] = [];
   readonly link: LinkedRoom;
   #now = 0;
@@ -134,7 +134,7 @@ Deno.test("a server that was announced leaves with a notice", () => {
   ]);
 });
 
-Deno.test("a server claims its name anew if it slept and lost its connection", () => {
+Deno.test("a server that slept and lost its connection claims its name again", () => {
   const tokyo = new Tokyo();
   assertEquals(tokyo.linked, 1);
   tokyo.sleep(60_000);
@@ -145,6 +145,39 @@ Deno.test("a server claims its name anew if it slept and lost its connection", (
   assertEquals(tokyo.sent.map(({ kind }) => kind), [Kind.Claim]);
   tokyo.run(1_000);
   assertEquals(tokyo.linked, 2);
+});
+
+Deno.test("a server that falls silent after this one slept is gone after 15 seconds", () => {
+  const tokyo = new Tokyo();
+  tokyo.heartbeat(0);
+  tokyo.sleep(60_000);
+  tokyo.heartbeat(60_000); // arrives before the first deadline is looked at
+  tokyo.run(17_000);
+  assertEquals(tokyo.server.lines, ["* paris is linked", "* paris is gone"]);
+});
+
+Deno.test("entries are given up after more than 16 questions without an answer", () => {
+  const tokyo = new Tokyo();
+  tokyo.heartbeat(0);
+  tokyo.sent = [];
+  // Paris has an entry, which does not arrive.
+  const ask = (round: number) => {
+    tokyo.fromParis(
+      Kind.Heartbeat,
+      (message) => message.u48(1).u48(1).u48(3_000 * round),
+    );
+    tokyo.run(3_000);
+    const asks = tokyo.sent.filter(({ kind }) => kind === Kind.Ask);
+    tokyo.sent = [];
+    return asks.map(({ message }) => {
+      message.identity();
+      return message.u8();
+    });
+  };
+  for (let round = 1; round <= 16; round++) {
+    assert(ask(round).every((mode) => mode === FROM), `round ${round}`);
+  }
+  assert(ask(17).includes(NOW));
 });
 
 Deno.test("the answers to 256 private messages are kept, and no more", () => {

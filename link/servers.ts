@@ -56,8 +56,9 @@ export class Servers {
 
   /** This process did not run for a while: the others did not fall silent. */
   slept(milliseconds: number): void {
+    const now = this.#now();
     for (const peer of this.#peers.values()) {
-      peer.lastReceived += milliseconds;
+      peer.lastReceived = Math.min(now, peer.lastReceived + milliseconds);
     }
   }
 

@@ -352,7 +352,7 @@ Deno.test("simulation: every line arrives once and in order, through losses, cut
   );
 });
 
-Deno.test("simulation: what fell out of the window is counted, and the rest arrives", () => {
+Deno.test("simulation: lines that fell out of the window are counted, and the rest arrives", () => {
   fc.assert(
     fc.property(weather, (weather) => {
       const world = new World(), bus = new MemoryBus(world, weather);
@@ -395,7 +395,7 @@ Deno.test("simulation: what fell out of the window is counted, and the rest arri
   );
 });
 
-Deno.test("simulation: servers that crash and start again leave no ghosts, and lose nothing that they said since", () => {
+Deno.test("simulation: servers that crash and start again leave no ghosts, and lose no lines sent since", () => {
   fc.assert(
     fc.property(weather, fc.integer({ min: 2, max: 3 }), (weather, size) => {
       const world = new World(), bus = new MemoryBus(world, weather);
@@ -455,7 +455,7 @@ Deno.test("simulation: a private message arrives once and in order, or its sende
   );
 });
 
-Deno.test("simulation: messages with wrong bytes do nothing that a room does not permit", () => {
+Deno.test("simulation: corrupt messages do not break the rules of a room", () => {
   fc.assert(
     fc.property(weather, (weather) => {
       const world = new World();
@@ -485,7 +485,7 @@ Deno.test("simulation: messages with wrong bytes do nothing that a room does not
   );
 });
 
-Deno.test("simulation: what 100 servers say about people grows with what happens, and not with who is there", () => {
+Deno.test("simulation: the traffic of 100 servers grows with what happens, not with how many people are there", () => {
   const world = new World();
   const bus = new MemoryBus(world, {
     seed: 1,

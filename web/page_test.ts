@@ -87,7 +87,7 @@ class Visitor implements AsyncDisposable {
     return visitor;
   }
 
-  /** Comes into the room. */
+  /** Joins the room. */
   static async join(
     url: string,
     name: string,
@@ -532,32 +532,38 @@ browserTest("a raw room is a plain relay", async () => {
   await ben.sees(/^yes$/);
 });
 
-browserTest("one who is kicked is told why and stays out", async () => {
-  await using room = await open();
-  await using maria = await Visitor.join(room.url, "maria");
-  const { readable, writable } = new TransformStream<string, string>();
-  const operator = writable.getWriter();
-  const done = room.server.operate(readable, () => {});
-  await operator.write("/kick maria bad manners");
-  await maria.page.waitForSelector("#entry-error:has-text('bad manners')");
-  await maria.page.press("#name", "Enter");
-  await maria.seesPerson("maria (you)");
-  await operator.close();
-  await done;
-});
+browserTest(
+  "a person who is kicked is told why, and the page does not rejoin",
+  async () => {
+    await using room = await open();
+    await using maria = await Visitor.join(room.url, "maria");
+    const { readable, writable } = new TransformStream<string, string>();
+    const operator = writable.getWriter();
+    const done = room.server.operate(readable, () => {});
+    await operator.write("/kick maria bad manners");
+    await maria.page.waitForSelector("#entry-error:has-text('bad manners')");
+    await maria.page.press("#name", "Enter");
+    await maria.seesPerson("maria (you)");
+    await operator.close();
+    await done;
+  },
+);
 
-browserTest("the list of people follows a crowd", async () => {
-  await using room = await open();
-  await using maria = await Visitor.join(room.url, "maria");
-  const crowd = await Promise.all(
-    Array.from({ length: 60 }, (_, i) => Terminal.join(room.server, `p${i}`)),
-  );
-  await maria.page.waitForSelector("#people-title:has-text('(61)')");
-  for (const person of crowd) await person[Symbol.asyncDispose]();
-  await maria.page.waitForSelector("#people-title:has-text('(1)')", {
-    timeout: 20_000,
-  });
-});
+browserTest(
+  "the list of people stays correct while many join and leave",
+  async () => {
+    await using room = await open();
+    await using maria = await Visitor.join(room.url, "maria");
+    const crowd = await Promise.all(
+      Array.from({ length: 60 }, (_, i) => Terminal.join(room.server, `p${i}`)),
+    );
+    await maria.page.waitForSelector("#people-title:has-text('(61)')");
+    for (const person of crowd) await person[Symbol.asyncDispose]();
+    await maria.page.waitForSelector("#people-title:has-text('(1)')", {
+      timeout: 20_000,
+    });
+  },
+);
 
 browserTest("axe finds no serious fault", async () => {
   await using room = await open();

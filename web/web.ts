@@ -161,23 +161,23 @@ function pathOf(request: IncomingMessage): string {
 function answerOf(page: Page, request: IncomingMessage): Answer {
   const path = pathOf(request);
   if (!["/", "/chat", "/health"].includes(path)) {
-    return plain(404, "There is nothing here. The chat room is at /");
+    return textAnswer(404, "There is nothing here. The chat room is at /");
   }
   if (request.method !== "GET" && request.method !== "HEAD") {
-    return plain(405, "Only GET is served here", { Allow: "GET, HEAD" });
+    return textAnswer(405, "Only GET is served here", { Allow: "GET, HEAD" });
   }
   if (path === "/health") {
-    return plain(200, "ok", { "Cache-Control": "no-store" });
+    return textAnswer(200, "ok", { "Cache-Control": "no-store" });
   }
   if (path === "/chat") {
-    return plain(426, "This is a WebSocket. The page is at /", {
+    return textAnswer(426, "This is a WebSocket. The page is at /", {
       Upgrade: "websocket",
     });
   }
   return page.answer(request);
 }
 
-function plain(
+function textAnswer(
   status: number,
   text: string,
   headers: Record<string, string> = {},
@@ -239,17 +239,17 @@ function upgradeRefusal(
   { headers, httpVersion }: IncomingMessage,
 ): Answer | null {
   if (!isOwnOrigin(headers.origin, headers.host)) {
-    return plain(403, "This page may not open the chat of another site");
+    return textAnswer(403, "This page may not open the chat of another site");
   }
   if (headers["sec-websocket-version"] !== "13") {
-    return plain(426, "WebSocket version 13 is needed (RFC 6455)", {
+    return textAnswer(426, "WebSocket version 13 is needed (RFC 6455)", {
       "Upgrade": "websocket",
       "Sec-WebSocket-Version": "13",
     });
   }
   const key = headers["sec-websocket-key"] ?? "";
   if (httpVersion !== "1.1" || !/^[A-Za-z\d+/]{22}==$/.test(key)) {
-    return plain(400, "This is not a WebSocket handshake (RFC 6455)");
+    return textAnswer(400, "This is not a WebSocket handshake (RFC 6455)");
   }
   return null;
 }
@@ -271,7 +271,7 @@ function acceptKey(key: string): string {
 /** An IP address in its usual form: without a zone, and as IPv4 if it is an
  * IPv4-mapped address (RFC 4291, 2.5.5.2), as a listener on `::` reports them.
  * `null` if the text is no address. */
-function plainAddress(text: string): string | null {
+function normalizeAddress(text: string): string | null {
   const address = text.replace(/%.*$/s, "");
   const family = isIP(address);
   if (family === 0) return null;
@@ -292,7 +292,7 @@ class TrustedProxies {
   constructor(networks: string[]) {
     for (const network of networks) {
       const [, host, bits] = /^([^/]+)(?:\/(\d{1,3}))?$/.exec(network) ?? [];
-      const address = plainAddress(host ?? "");
+      const address = normalizeAddress(host ?? "");
       const length = address?.includes(":") ? 128 : 32;
       // In the IPv4-mapped form the prefix counts 96 bits more.
       const mappedBits = length === 32 && host?.includes(":") ? 96 : 0;
@@ -310,7 +310,7 @@ class TrustedProxies {
   /** The address of the client that sent a request. A proxy appends the address
    * that it sees to `X-Forwarded-For`, so only the last one can be trusted. */
   clientAddress(peer: string, { headers }: IncomingMessage): string {
-    const address = plainAddress(peer);
+    const address = normalizeAddress(peer);
     if (address === null) return peer;
     if (!this.#networks.check(address, familyOf(address))) return address;
     const hops = String(headers["x-forwarded-for"] ?? "").split(",");
@@ -318,7 +318,7 @@ class TrustedProxies {
     const last = hops.at(-1)!.trim()
       .replace(/^\[(.*)\](?::\d+)?$/, "$1")
       .replace(/^([\d.]+):\d+$/, "$1");
-    return plainAddress(last) ?? address;
+    return normalizeAddress(last) ?? address;
   }
 }
 

@@ -1,6 +1,6 @@
 /**
- * Tests of the web listener without a browser: by `fetch`, `WebSocket`, and on
- * sockets where it is about frames.
+ * Tests of the web listener without a browser: with `fetch`, `WebSocket`, and TCP
+ * connections for tests of single frames.
  *
  * A test waits for what it expects, and fails if that has not come in time.
  */
@@ -51,7 +51,7 @@ interface Frame {
   payload: Uint8Array;
 }
 
-/** A WebSocket on a bare socket, which can do what a browser does not. */
+/** A WebSocket on a TCP connection, which can send what a browser does not. */
 class Client implements Disposable {
   #buffer = new Uint8Array(0);
   #lines: string[] = [];
@@ -90,7 +90,7 @@ class Client implements Disposable {
     return opened;
   }
 
-  /** Comes into the room, and has read the greeting. */
+  /** Joins the room, and reads the greeting. */
   static async join(
     url: string,
     headers: Record<string, string> = {},
@@ -236,7 +236,7 @@ Deno.test("the page permits its own script and style and nothing else", async ()
   assertEquals(/ on\w+=|style=/.test(page.replace(script, "")), false);
 });
 
-Deno.test("the page is sent once, and compressed where that is understood", async () => {
+Deno.test("the page is sent once, and compressed if the browser accepts that", async () => {
   await using room = await open({}, { rate: 7 });
   const { headers } = await fetch(room.url, { method: "HEAD" });
   const tag = headers.get("etag")!;
@@ -317,7 +317,7 @@ Deno.test("a connection that sends no whole request is closed", async () => {
   }
 });
 
-Deno.test("connections without a request leave room for the chat", async () => {
+Deno.test("connections without a request do not keep clients out", async () => {
   await using room = await open();
   const { port } = room.web;
   using client = await Client.join(room.url);
@@ -382,7 +382,7 @@ Deno.test("a handshake is answered as RFC 6455 says", async () => {
   assert(client.head.includes(`Sec-WebSocket-Accept: ${ACCEPT}`));
 });
 
-Deno.test("a handshake that is wrong is refused", async () => {
+Deno.test("an invalid handshake is refused", async () => {
   await using room = await open();
   const status = async (headers: Record<string, string>, path = "/chat") => {
     using client = await Client.request(room.url, headers, path);
@@ -487,7 +487,7 @@ Deno.test("a ping within a message does not count towards its length", async () 
   assertEquals((await client.frameOf(PONG)).payload.length, 125);
 });
 
-Deno.test("what no client may send ends the connection with the code for it", async () => {
+Deno.test("a frame that no client may send closes the connection with the right code", async () => {
   await using room = await open();
   const code = async (bytes: Uint8Array) => {
     using client = await Client.join(room.url);
@@ -635,7 +635,7 @@ Deno.test("a client that quits is told goodbye, and closed with code 1000", asyn
   await client.ended();
 });
 
-Deno.test("a close is answered after what was sent before it is said", async () => {
+Deno.test("lines sent before a close frame are still delivered", async () => {
   await using room = await open();
   await using bob = await Terminal.join(room.server, "bob");
   using client = await Client.join(room.url);
@@ -660,7 +660,7 @@ Deno.test("an address that is not allowed is refused with a reason", async () =>
   await client.ended();
 });
 
-Deno.test("web clients take places like others", async () => {
+Deno.test("web clients count towards the limits like others", async () => {
   await using room = await open({ maxClients: 2 });
   await using _bob = await Terminal.join(room.server, "bob");
   using _client = await Client.join(room.url);
