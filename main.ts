@@ -29,11 +29,15 @@
  *
  * @module
  */
+import { concat as concatUntyped } from "@std/bytes/concat";
 import { parseArgs as parseArgsUntyped } from "@std/cli/parse-args";
 import { closestString as closestStringUntyped } from "@std/text/closest-string";
+import { levenshteinDistance as distanceUntyped } from "@std/text/levenshtein-distance";
 import config from "./deno.json" with { type: "json" };
 
 // The npm build of @std has no types: these are the ones used here.
+const concatenate: (parts: Uint8Array[]) => Uint8Array<ArrayBuffer> =
+  concatUntyped;
 const parseArgs: (args: string[], options: {
   string: string[];
   collect: string[];
@@ -42,6 +46,8 @@ const parseArgs: (args: string[], options: {
 }) => Record<string, string | string[] | undefined> = parseArgsUntyped;
 const closestString: (word: string, possible: string[]) => string =
   closestStringUntyped;
+const levenshteinDistance: (one: string, other: string) => number =
+  distanceUntyped;
 
 // ---------------------------------------------------------------------------
 // Options: what can be set, from the command line and by an embedding program,
@@ -85,6 +91,26 @@ export interface Options {
   /** Do not report clients that connect and leave. */
   quiet: boolean;
 }
+
+const DEFAULTS: Options = {
+  host: "0.0.0.0",
+  port: 8008,
+  reusePort: false,
+  raw: false,
+  askName: false,
+  timestamps: false,
+  history: 20,
+  motd: "",
+  rate: 20,
+  maxClients: 10_000,
+  maxPerAddress: 0,
+  allow: [],
+  passwordFile: "",
+  tlsCert: "",
+  tlsKey: "",
+  log: "",
+  quiet: false,
+};
 
 /** What the command line asks for, as {@linkcode parseOptions} reads it. */
 export interface CommandLine {
@@ -147,8 +173,8 @@ const NUL = 0, BS = 8, TAB = 9, LF = 10, CR = 13, NAK = 21, ESC = 27;
 const SPACE = 32, SLASH = 47, TILDE = 126, DEL = 127;
 
 /** What {@linkcode LineSplitter} puts before a piece of a long message that begins
- * with a slash, and in place of a line that is too long to be a command. Neither
- * can be typed: cleaning removes them. */
+ * with a slash, and in place of a command or an answer that is too long. Neither can
+ * be typed, as cleaning removes control characters. {@linkcode nextRun} reads them. */
 const PIECE = 1, TOO_LONG = 2;
 
 type Timer = ReturnType<typeof setTimeout>;
@@ -159,15 +185,24 @@ const encoder = new TextEncoder();
 // only the first line of a chunk would lose it.
 const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
 
-// Escape sequences (ECMA-48): control sequences (5.4) and the function keys of the
-// Linux console, control strings (5.6: titles, links), single shifts with their
-// character (function keys), and two that programs print. node:util's
-// stripVTControlCharacters leaves half of a title behind, takes letters of the
-// text, and costs 10 ms at start-up. Every alternative is linear: none begins
-// inside what another has read.
-const ESCAPES =
-  // deno-lint-ignore no-control-regex
-  /(?:\x1b\[|\x9b)(?:\[[A-E]|[0-?]*[ -.]*[@-~])|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x1b\\|\x9c)|(?:\x1b[NO]|[\x8e\x8f])[0-9;]*[@-~]|\x1b[()][0AB]|\x1b#[3-8]/g;
+// How escape sequences begin (ECMA-48), in 7 and in 8 bits: control sequences, control
+// strings (DCS, SOS, OSC, PM, APC), and single shifts (SS2, SS3).
+const CSI = String.raw`(?:\x1b\[|\x9b)`;
+const STRING = String.raw`(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])`;
+const SHIFT = String.raw`(?:\x1b[NO]|[\x8e\x8f])`;
+
+// Whole ones. node:util's stripVTControlCharacters leaves half of a title behind, takes
+// letters of the text, and costs 10 ms at start-up. Every alternative is linear: none
+// begins inside what another has read.
+const ESCAPES = new RegExp(
+  [
+    CSI + String.raw`(?:\[[A-E]|[0-?]*[ -.]*[@-~])`, // keys of the Linux console too
+    STRING + String.raw`[^\x07\x1b\x80-\x9f]*(?:\x07|\x1b\\|\x9c)`, // titles, links
+    SHIFT + String.raw`[0-9;]*[@-~]`, // function keys
+    String.raw`\x1b[()][0AB]|\x1b#[3-8]`, // character sets and sizes
+  ].join("|"),
+  "g",
+);
 
 // Control characters, line and paragraph separators, what turns the direction of
 // text around (Unicode UAX #9), and the byte order mark.
@@ -181,12 +216,20 @@ const MARK = /[\p{M}\u200d\p{VS}]/u;
 /** A line that shows nothing. */
 const BLANK = /^[\p{White_Space}\p{DI}\u2800]*$/v;
 
-// What would hide the slash of a command at the start of a line: what shows nothing
-// or was no text, and escape sequences that are broken off. White space stays there.
-// No character fits two alternatives, or a run of them would take endlessly.
-const HIDDEN = String
-  .raw`(?:(?:\x1b\[|\x9b)[0-?]*[!-.]*|(?:\x1b[\]PX\^_NO\(\)#]?|[\x8e-\x90\x98\x9d-\x9f])[0-?]*|[[\p{White_Space}\p{DI}\p{Co}\p{Cn}\p{Cc}\u2028-\u202e\u2066-\u2069\ufeff\ufffd]--[\x1b\x8e-\x90\x98\x9b\x9d-\x9f]])`;
-const HIDDEN_START = new RegExp(`^${HIDDEN}+(?=/)`, "v");
+// What would hide the slash of a command at the start of a line. No character fits two
+// alternatives, or a long run of them would take endlessly.
+const HIDDEN_START = new RegExp(
+  "^(?:" + [
+    // Escape sequences that are broken off.
+    CSI + String.raw`[0-?]*[!-.]*`,
+    String.raw`(?:${STRING}|${SHIFT}|\x1b[\(\)#]?)[0-?]*`,
+    // What shows nothing, or was no text; without what begins those sequences.
+    String
+      .raw`[[\p{White_Space}\p{DI}\p{Co}\p{Cn}\p{Cc}\u2028-\u202e\u2066-\u2069` +
+    String.raw`\ufeff\ufffd]--[\x1b\x8e-\x90\x98\x9b\x9d-\x9f]]`,
+  ].join("|") + ")+(?=/)",
+  "v",
+);
 
 // Whether a chunk may hold a line that has to be changed.
 const SUSPECT =
@@ -232,11 +275,15 @@ function hidesSlash(start: string): boolean {
 /** What a TAB fills after its first column, until the line is finished. */
 const TAB_CELL = 1;
 
+/** Where a line is scrubbed: to allocate this for each would take as long again. */
+const scrubbed = new Uint16Array(LINE_BYTES + 8);
+
 /** Removes control characters, and does what TAB asks for, and Backspace, DEL and
  * Ctrl-U of a client in raw mode, whose terminal edits nothing. One pass over all:
  * an expression for each takes 20 to 40 times as long as plain text. */
 function scrub(line: string, tabs: boolean): string {
-  const units = new Uint16Array(Math.max(line.length, LINE_BYTES) + 8);
+  const isLong = line.length > LINE_BYTES; // such as one of a file
+  const units = isLong ? new Uint16Array(line.length + 8) : scrubbed;
   let text = tabs ? line : showStart(line),
     length = 0,
     spare = LINE_BYTES - line.length;
@@ -261,14 +308,7 @@ function scrub(line: string, tabs: boolean): string {
   if (!tabs) {
     for (let i = 0; i < length; i++) if (units[i] < SPACE) units[i] = SPACE;
   }
-  let clean = "";
-  for (let start = 0; start < length; start += LINE_BYTES) {
-    const end = Math.min(start + LINE_BYTES, length);
-    // Not spread: that goes through an iterator.
-    const part = units.subarray(start, end) as unknown as number[];
-    clean += String.fromCharCode.apply(null, part);
-  }
-  return clean;
+  return Buffer.from(units.buffer, 0, 2 * length).toString("utf16le");
 }
 
 /** Whether a unit that is no printable ASCII is one of {@linkcode CONTROLS}. */
@@ -322,8 +362,8 @@ const NAME_RULE = "A name is 1 to 24 letters, digits, _ or -.";
  * Brings a name to the form in which the room shows it (Unicode NFKC).
  *
  * @param name what a person typed
- * @returns the name, or `null` if it is none: 1 to 24 letters, digits, `_` or
- * `-` of any script
+ * @returns the name: 1 to 24 letters, digits, `_` or `-` of any script; `null` if
+ * it cannot be one
  */
 export function normalizeName(name: string): string | null {
   if (name.length > NAME_UNITS) return null;
@@ -345,26 +385,6 @@ function nameKey(name: string): string {
 function isReserved(name: string): boolean {
   const plain = nameKey(name).normalize("NFD").replace(/\p{M}/gu, "");
   return RESERVED_NAME.test(plain);
-}
-
-function concatenate(parts: Uint8Array[]): Uint8Array<ArrayBuffer> {
-  const whole = new Uint8Array(
-    parts.reduce((length, part) => length + part.length, 0),
-  );
-  let offset = 0;
-  for (const part of parts) {
-    whole.set(part, offset);
-    offset += part.length;
-  }
-  return whole;
-}
-
-/** Writes all of `bytes`, of which a write may take only some. */
-async function writeAll(
-  to: { write(bytes: Uint8Array): Promise<number> },
-  bytes: Uint8Array,
-): Promise<void> {
-  while (bytes.length) bytes = bytes.subarray(await to.write(bytes));
 }
 
 function delay(milliseconds: number): Promise<void> {
@@ -391,7 +411,7 @@ const BINARY = 0; // RFC 856
 /** How many bytes of replies to one read are enough to add no more. */
 const MOST_REPLY_BYTES = 192;
 
-/** The most bytes of a sub-negotiation: one without an end is given up. */
+/** The most bytes of a sub-negotiation: what has no end by then is no longer one. */
 const SUBNEGOTIATION_BYTES = 4_096;
 
 const enum Telnet {
@@ -506,8 +526,7 @@ class LineSplitter {
   junk = 0;
   #partial: Uint8Array = NO_BYTES;
   #afterCr = false;
-  /** Within a line that is too long: the rest is further pieces of a message, or is
-   * refused. */
+  /** Within a line that is too long: what its first piece was. */
   #long: "" | "message" | "refused" = "";
 
   /**
@@ -531,10 +550,10 @@ class LineSplitter {
     let bytes = plain ? chunk : this.#endLines(this.#withoutTelnet(chunk));
     this.junk += (chunk.length - bytes.length) / LINE_BYTES;
     if (this.#partial.length > 0) bytes = concatenate([this.#partial, bytes]);
-    if (this.#long !== "" || hasLongLine(bytes)) return this.#pieces(bytes);
+    if (this.#long || hasLongLine(bytes)) return this.#cleanLong(bytes);
     const end = bytes.lastIndexOf(LF) + 1;
     this.#partial = end === bytes.length ? NO_BYTES : bytes.slice(end);
-    const lines = bytes.subarray(0, end);
+    const lines = end === bytes.length ? bytes : bytes.subarray(0, end);
     return plain && bytes === chunk ? lines : this.#clean(lines);
   }
 
@@ -583,46 +602,44 @@ class LineSplitter {
     return clean;
   }
 
-  /** Does what #clean does where a line is too long: gives a message in pieces, cut between
-   * characters; in place of a command {@linkcode TOO_LONG}. */
-  #pieces(bytes: Uint8Array): Uint8Array {
-    const pieces: Uint8Array[] = [];
-    for (let start = 0; start < bytes.length;) {
-      const found = bytes.indexOf(LF, start);
-      let end = found < 0 ? bytes.length : found;
+  /** Cleans lines of which some are too long: those are cut between characters into
+   * pieces of {@linkcode LINE_BYTES} at most. */
+  #cleanLong(bytes: Uint8Array): Uint8Array {
+    const cleaned: Uint8Array[] = [];
+    let start = 0;
+    for (;;) {
+      const lineEnd = bytes.indexOf(LF, start);
+      const end = lineEnd < 0 ? bytes.length : lineEnd;
       const isLong = end - start > LINE_BYTES;
-      if (isLong) {
-        end = characterStart(bytes, start + LINE_BYTES);
-        // Not within a key's sequence, half of which would be letters.
-        const last = bytes.subarray(end - ESCAPE_BYTES, end);
-        const escape = last.lastIndexOf(ESC);
-        if (escape >= 0) end -= last.length - escape;
-      }
-      if (!isLong && found < 0 && this.#long !== "refused") {
-        this.#partial = bytes.slice(start);
-        return concatenate(pieces);
-      }
-      const line = concatenate([bytes.subarray(start, end), LINE_END]);
-      const clean = this.#long === "refused"
-        ? NO_BYTES
-        : this.#clean(line, start === 0);
-      const text = isLong && !this.#long ? decoder.decode(clean).trimEnd() : "";
-      if (text !== "" && !hidesSlash(decoder.decode(line).trimEnd())) {
-        const refused = this.refuses(text);
-        this.#long = refused ? "refused" : "message";
-        pieces.push(refused ? Uint8Array.of(TOO_LONG, LF) : clean);
-      } else {
-        // The first piece that shows something decides, and is no further one.
-        if (this.#long !== "" && clean[0] === SLASH) {
-          pieces.push(Uint8Array.of(PIECE));
-        }
-        pieces.push(clean);
-      }
-      if (!isLong && found >= 0) this.#long = "";
-      start = isLong ? end : end + 1;
+      if (!isLong && lineEnd < 0) break; // the rest waits for its line end
+      const pieceEnd = isLong ? cutBefore(bytes, start + LINE_BYTES) : end;
+      const piece = bytes.subarray(start, pieceEnd);
+      cleaned.push(this.#cleanPiece(piece, isLong, start === 0));
+      if (!isLong) this.#long = "";
+      start = isLong ? pieceEnd : end + 1;
     }
-    this.#partial = NO_BYTES;
-    return concatenate(pieces);
+    this.#partial = this.#long === "refused" ? NO_BYTES : bytes.slice(start);
+    return concatenate(cleaned);
+  }
+
+  /** Cleans a piece of a long line. The first that shows something decides whether
+   * the line is refused.
+   *
+   * @param isLong whether more of the line follows
+   */
+  #cleanPiece(piece: Uint8Array, isLong: boolean, first: boolean): Uint8Array {
+    if (this.#long === "refused") return NO_BYTES;
+    const clean = this.#clean(concatenate([piece, LINE_END]), first);
+    if (this.#long === "message") {
+      const needsMark = clean[0] === SLASH;
+      return needsMark ? concatenate([Uint8Array.of(PIECE), clean]) : clean;
+    }
+    const start = decoder.decode(clean).trimEnd();
+    const decides = start !== "" && !hidesSlash(decoder.decode(piece));
+    if (!isLong || !decides) return clean;
+    const refused = this.refuses(start);
+    this.#long = refused ? "refused" : "message";
+    return refused ? Uint8Array.of(TOO_LONG, LF) : clean;
   }
 }
 
@@ -636,6 +653,16 @@ function hasLongLine(bytes: Uint8Array): boolean {
     start = end + 1;
   }
   return false;
+}
+
+/** Where a line is cut that has no more than the bytes before `offset` in one piece:
+ * before a character, and before the escape sequence of a key, half of which would be
+ * letters. */
+function cutBefore(bytes: Uint8Array, offset: number): number {
+  const end = characterStart(bytes, offset);
+  const last = bytes.subarray(end - ESCAPE_BYTES, end);
+  const escape = last.lastIndexOf(ESC);
+  return escape < 0 ? end : end - last.length + escape;
 }
 
 /** Where the character that holds the byte at `offset` begins (RFC 3629). */
@@ -673,7 +700,8 @@ function isPlain(chunk: Uint8Array, tabs: boolean): boolean {
 //
 // Appending a line costs the same however many readers there are. One flush at
 // the end of the event-loop turn starts a write for each reader that is not
-// already writing; the others look again when their write ends.
+// already writing; the others look again when their write ends. Turns decides
+// which client's lines are appended when.
 // ---------------------------------------------------------------------------
 
 /** The size of a segment of the log, in bytes. Its bytes are written once and
@@ -700,36 +728,12 @@ const MOST_DETOURS = 4_096, MOST_INSERTED_BYTES = 65_536;
  * what it sends wait like everything else. */
 const BACKLOG_BYTES = 16_384, BACKLOG_DETOURS = 1_024;
 
-/** How much a turn of the event loop takes in, in milliseconds of work and in bytes
- * appended, before it lets reads and writes happen. */
-const TURN_MILLISECONDS = 4, TURN_BYTES = 65_536;
-
-/** How many writes to single readers a turn takes. In each the runtime begins and
- * ends 128 reads and writes (tokio's budget): with more of these, reads wait for
- * them, and everyone's lines with the reads. */
-const TURN_ANSWERS = 64;
-
-/** How much one client may send in a turn while nobody waits, in bytes; a line
- * counts for {@linkcode LINE_COST} more. */
-const CLIENT_TURN_BYTES = 16_384, LINE_COST = 64;
-
-/** After how long writes that have not ended are let end before more input is
- * handled, in milliseconds. */
-const OLD_WRITE_MILLISECONDS = 100;
-
-/** For how many turns of about a millisecond input waits for them at most. If none
- * ends in a turn, the others are up to clients that do not read. */
-const MOST_WAITING_TURNS = 50;
-
-/** In a room of up to this many readers a flush starts at a random one. Of more
- * writes the runtime postpones those past the first 128 (tokio's budget), in an
- * order of its own: with ten people who talk as fast as they receive, a thousand
- * readers get 1.6 times as many lines if the order stays the same. */
+/** In a room of up to this many readers a flush starts at a random one, so that the
+ * same one is not always the last: with ten people who talk as fast as they receive,
+ * a hundred readers get a fifth more. Of more writes the runtime postpones those past
+ * the first 128 (tokio's budget), in an order of its own: a thousand readers get 1.6
+ * times as many lines if the order stays the same. */
 const RANDOM_START_READERS = 256;
-
-/** How many join and leave notices may come at once. After them they are gathered
- * into one line a second. */
-const NOTICE_BURST = 10;
 
 /** The reason why a slow reader is disconnected. */
 const TOO_SLOW = "too slow";
@@ -755,10 +759,10 @@ class Segment {
    */
   append(text: string, lines: Uint8Array): boolean {
     const { bytes } = this, start = this.end - this.start;
-    const { read, written } = encoder.encodeInto(text, bytes.subarray(start));
-    const textEnd = start + written;
+    const textEnd = encodeAt(text, bytes, start);
     let end = textEnd;
     // Byte by byte: most lines are too short for a copy by `set` to be faster.
+    // Past the end of the array an assignment has no effect.
     for (let at = 0; at < lines.length;) {
       if (at > 0) {
         for (let i = start; i < textEnd; i++) bytes[end++] = bytes[i];
@@ -768,7 +772,7 @@ class Segment {
         byte !== LF && at < lines.length
       );
     }
-    if (read < text.length || end > SEGMENT_BYTES) return false;
+    if (end > SEGMENT_BYTES) return false;
     this.end = this.start + end;
     return true;
   }
@@ -787,6 +791,22 @@ class Segment {
     }
     return this.#shared;
   }
+}
+
+/** Encodes `text` into `bytes` from `start` on. Returns where it ends: past the end of
+ * `bytes` if it does not fit. */
+function encodeAt(text: string, bytes: Uint8Array, start: number): number {
+  let end = start;
+  // For ASCII alone this takes a tenth of the time of encodeInto.
+  for (let i = 0; i < text.length; i++) {
+    const unit = text.charCodeAt(i);
+    if (unit > DEL) {
+      const { read, written } = encoder.encodeInto(text, bytes.subarray(start));
+      return read < text.length ? bytes.length + 1 : start + written;
+    }
+    bytes[end++] = unit;
+  }
+  return end;
 }
 
 /** The lines of the room, of which a window is kept. */
@@ -820,7 +840,7 @@ class Log {
   }
 }
 
-/** A place where one reader leaves the log: it receives `inserted`, and goes on
+/** A place where one reader leaves the log: it receives `inserted`, and continues
  * behind the bytes that it skips. */
 interface Detour {
   at: number;
@@ -855,23 +875,29 @@ interface Sink {
 class Reader {
   #segment: Segment | null = null;
   #cursor = 0;
-  /** Where it ends: nothing after this is written. */
-  #end = Infinity;
+  /** Nothing after this place of the log is written. */
+  #lastPlace = Infinity;
   #detours: Detour[] = NO_DETOURS;
   /** What its detours cost, in bytes. */
   #waiting = 0;
   /** What is being written, or is left of it. */
   #batch: Uint8Array | null = null;
-  /** The writes among which its own is, while it writes. */
+  /** The writes among which its own is counted, while it writes. */
   #writes: Writes | null = null;
   #stopped = false;
-  /** A promise that waits until something is written. */
-  #onWritten: (() => void) | null = null;
+  /** Resolves the promise of {@linkcode Reader.written}. */
+  #resolveWritten: (() => void) | null = null;
 
   constructor(readonly room: Room, readonly sink: Sink) {}
 
-  get log(): Log {
-    return this.room.log;
+  /** Whether it receives the log, rather than only what is inserted. */
+  get isFollowing(): boolean {
+    return this.#segment !== null;
+  }
+
+  /** Whether its cursor is before the window. */
+  get isBehind(): boolean {
+    return this.#segment !== null && this.#cursor < this.room.log.start;
   }
 
   /** Whether so much waits for this reader alone that it gets no more answers. */
@@ -886,15 +912,10 @@ class Reader {
       this.#detours.length > MOST_DETOURS / 2;
   }
 
-  /** Resolves after the next write, or at the end. */
-  written(): Promise<void> {
-    return new Promise((resolve) => this.#onWritten = resolve);
-  }
-
   /** Follows the log from its present end on. */
   follow(): void {
-    this.#segment = this.log.tail;
-    this.#cursor = this.log.end;
+    this.#segment = this.room.log.tail;
+    this.#cursor = this.room.log.end;
   }
 
   /** Sends bytes to this reader alone, in their place among what it reads.
@@ -902,21 +923,21 @@ class Reader {
    * @param cost how many of them nobody else refers to: their number is bounded
    */
   insert(inserted: Uint8Array, cost: number = inserted.length): void {
-    if (this.#end !== Infinity) return; // the last bytes may be on their way
-    const at = this.#segment === null ? 0 : this.log.end;
-    this.#detour({ at, skipTo: at, inserted, cost });
+    if (this.#lastPlace !== Infinity) return; // the last bytes may be on their way
+    const at = this.#segment === null ? 0 : this.room.log.end;
+    this.#addDetour({ at, skipTo: at, inserted, cost });
   }
 
   /** Leaves out the bytes from `from` to the end of the log. */
   skip(from: number): void {
     if (this.#segment === null) return;
-    const skipTo = this.log.end, last = this.#detours.at(-1);
+    const skipTo = this.room.log.end, last = this.#detours.at(-1);
     if (last?.skipTo === from) last.skipTo = skipTo;
     else if (last === undefined && this.#cursor === from) this.#cursor = skipTo;
-    else this.#detour({ at: from, skipTo, inserted: NO_BYTES, cost: 0 });
+    else this.#addDetour({ at: from, skipTo, inserted: NO_BYTES, cost: 0 });
   }
 
-  #detour(detour: Detour): void {
+  #addDetour(detour: Detour): void {
     const { length } = this.#detours;
     const isTooMuch = detour.cost > 0 && this.#waiting > MOST_INSERTED_BYTES;
     if (length === MOST_DETOURS || isTooMuch) return this.sink.tooSlow();
@@ -928,7 +949,7 @@ class Reader {
   /** Ends at the present end of the log, and calls {@linkcode Sink.drained} when
    * all before it is written. */
   end(): void {
-    if (this.#end === Infinity) this.#end = this.log.end;
+    if (this.#lastPlace === Infinity) this.#lastPlace = this.room.log.end;
     this.flush();
   }
 
@@ -937,77 +958,72 @@ class Reader {
     this.#stopped = true;
     this.#segment = this.#batch = null;
     this.#detours = NO_DETOURS;
-    this.#end = 0;
+    this.#lastPlace = 0;
     this.#endWrite();
   }
 
-  /** Whether it receives the log, rather than only what is inserted. */
-  get isFollowing(): boolean {
-    return this.#segment !== null;
-  }
-
-  /** Whether its cursor is before the window. */
-  get isBehind(): boolean {
-    return this.#segment !== null && this.#cursor < this.log.start;
+  /** Resolves after the next write, or when it is stopped. */
+  written(): Promise<void> {
+    return new Promise((resolve) => this.#resolveWritten = resolve);
   }
 
   /** Starts to write what it has not written, unless it is writing. */
   flush(): void {
     if (this.#writes !== null || this.#stopped) return;
-    this.#batch ??= this.#next();
+    this.#batch ??= this.#nextBatch();
     if (this.#batch === null) {
-      if (this.#end === Infinity) return;
+      if (this.#lastPlace === Infinity) return;
       this.stop();
       return this.sink.drained();
     }
     this.#writes = this.room.turns.beginWrite();
     try {
       // Not an async function: its promises cost a tenth of a delivery.
-      this.sink.write(this.#batch).then(this.#written, this.#failed);
+      this.sink.write(this.#batch).then(this.#onWritten, this.#onFailed);
     } catch {
-      this.#failed();
+      this.#onFailed();
     }
   }
 
-  #written = (count: number): void => {
+  #onWritten = (count: number): void => {
     this.#endWrite();
     if (this.#batch === null) return; // stopped meanwhile
-    if (!(count > 0)) return this.#failed(); // it would be tried endlessly
+    if (!(count > 0)) return this.#onFailed(); // or it would be tried endlessly
     this.#batch = count < this.#batch.length
       ? this.#batch.subarray(count)
       : null;
     this.flush();
   };
 
-  #endWrite(): void {
-    if (this.#writes !== null) this.room.turns.endWrite(this.#writes);
-    this.#writes = null;
-    this.#onWritten?.();
-    this.#onWritten = null;
-  }
-
-  #failed = (): void => {
+  #onFailed = (): void => {
     if (this.#stopped) return;
     this.stop();
     this.sink.writeFailed();
   };
 
+  #endWrite(): void {
+    if (this.#writes !== null) this.room.turns.endWrite(this.#writes);
+    this.#writes = null;
+    this.#resolveWritten?.();
+    this.#resolveWritten = null;
+  }
+
   /** The bytes from the cursor on, or `null` if there are none. The cursor moves
    * behind them. */
-  #next(): Uint8Array | null {
-    if (this.#detours.length === 0) return this.#stretch(Infinity);
-    const parts: Uint8Array[] = [], detours = this.#detours;
+  #nextBatch(): Uint8Array | null {
+    const detours = this.#detours;
+    if (detours.length === 0) return this.#stretch(Infinity);
+    const parts: Uint8Array[] = [];
     let length = 0, passed = 0;
     while (length < COPIED_BYTES) {
-      const detour = passed < detours.length ? detours[passed] : null;
+      const detour = detours[passed] as Detour | undefined;
       const most = parts.length > 0 ? COPIED_BYTES - length : Infinity;
       const bytes = this.#stretch(detour?.at ?? Infinity, most);
       if (bytes !== null) {
         parts.push(bytes);
         length += bytes.length;
       }
-      // Without detours, what a reader receives is one stretch of the log.
-      if (detour === null || this.#cursor < detour.at) break;
+      if (detour === undefined || this.#cursor < detour.at) break;
       passed++;
       this.#cursor = Math.max(this.#cursor, detour.skipTo);
       if (detour.inserted.length > 0) {
@@ -1016,11 +1032,8 @@ class Reader {
         this.#waiting -= detour.cost;
       }
     }
-    if (passed > 0) {
-      this.#detours = passed < detours.length
-        ? detours.slice(passed)
-        : NO_DETOURS;
-    }
+    if (passed === detours.length) this.#detours = NO_DETOURS;
+    else if (passed > 0) this.#detours = detours.slice(passed);
     return parts.length > 1 ? concatenate(parts) : parts[0] ?? null;
   }
 
@@ -1031,7 +1044,7 @@ class Reader {
       this.#segment = this.#segment.next;
     }
     const segment = this.#segment, from = this.#cursor;
-    const end = Math.min(to, segment.end, this.#end, from + most);
+    const end = Math.min(to, segment.end, this.#lastPlace, from + most);
     if (end <= from) return null;
     this.#cursor = end;
     return end === segment.end
@@ -1040,7 +1053,7 @@ class Reader {
   }
 }
 
-/** Somebody in the room: what others see of them, and whom they ignore. */
+/** A person in the room: what others see of them, and whom they ignore. */
 abstract class Person {
   /** Empty until a name is given. */
   name = "";
@@ -1065,12 +1078,19 @@ abstract class Person {
 
   /** Shows this person lines that nobody else receives.
    *
-   * @param text the lines with their ends; as bytes if others share them
+   * @param lines whole lines with their ends; as bytes if others share them
    */
-  tell(text: string | Uint8Array): void {
-    if (typeof text !== "string") this.reader?.insert(text, 0);
-    else this.reader?.insert(encoder.encode(text));
-    if (this.reader !== null) this.room.turns.answered(this.reader);
+  tell(lines: string | Uint8Array): void {
+    const { reader } = this;
+    if (reader === null) return;
+    if (typeof lines === "string") reader.insert(encoder.encode(lines));
+    else reader.insert(lines, 0);
+    this.room.turns.answered(reader);
+  }
+
+  /** Tells this person what was wrong, and what to do. */
+  tellError(text: string): void {
+    this.tell(`! ${text}\n`);
   }
 
   /** Receives a private message; tells whether it could. Others must not be able
@@ -1119,19 +1139,19 @@ class History {
       block = { bytes: new Uint8Array(size), used: 0, lines: 0 };
       this.#blocks.push(block);
     }
+    const lines = countLines(bytes);
     block.bytes.set(bytes, block.used);
     block.used += bytes.length;
-    this.#bytes += bytes.length;
-    const lines = countLines(bytes);
     block.lines += lines;
+    this.#bytes += bytes.length;
     this.#lines += lines;
     while (this.#blocks.length > 1) {
-      const [{ used, lines }] = this.#blocks;
-      const enough = this.#lines - lines >= this.most;
-      if (!enough && this.#bytes <= HISTORY_BYTES) break;
+      const [oldest] = this.#blocks;
+      const hasEnough = this.#lines - oldest.lines >= this.most;
+      if (!hasEnough && this.#bytes <= HISTORY_BYTES) break;
       this.#blocks.shift();
-      this.#lines -= lines;
-      this.#bytes -= used;
+      this.#lines -= oldest.lines;
+      this.#bytes -= oldest.used;
     }
   }
 
@@ -1153,9 +1173,9 @@ class History {
     const text = decoder.decode(concatenate(this.parts));
     this.#blocks = [];
     this.#lines = this.#bytes = 0;
-    for (const line of text.match(/.+\n/g) ?? []) {
-      const dated = /^\d\d:/.test(line) ? `${date} ${line}` : line;
-      this.add(encoder.encode(dated));
+    const dated = text.replace(/^\d\d:/gm, `${date} $&`);
+    for (const line of dated.match(/.+\n/g) ?? []) {
+      this.add(encoder.encode(line));
     }
   }
 }
@@ -1166,30 +1186,52 @@ function countLines(lines: Uint8Array): number {
   return count;
 }
 
-/** Where a run of lines from `start` on ends that can be appended at once: public
- * ones, in which nothing has to be looked at.
+/** Lines that can be handled together. */
+interface Run {
+  /** A command, perhaps; or a line that is too long for one, which is not there. */
+  kind: "message" | "command" | "too long";
+  start: number;
+  end: number;
+  /** How many lines. */
+  count: number;
+}
+
+/**
+ * The next of the lines that {@linkcode LineSplitter} gave: one that has to be
+ * looked at, or a run of others that can be appended at once.
  *
  * @param most how many lines
- * @param commands whether the run ends before a line that may be a command
+ * @param hasCommands whether a line that begins with a slash may be a command
  */
-function runEnd(
+function nextRun(
   lines: Uint8Array,
-  start: number,
+  next: number,
   most: number,
-  commands = false,
-) {
+  hasCommands = true,
+): Run {
+  const first = lines[next], start = first === PIECE ? next + 1 : next;
+  const isCommand = hasCommands && (first === SLASH || first === SPACE);
+  if (isCommand || first === TOO_LONG) {
+    const kind = isCommand ? "command" : "too long";
+    return { kind, start, end: lines.indexOf(LF, start) + 1, count: 1 };
+  }
   const mostLines = Math.min(most, APPENDED_LINES);
-  let end = start, count = 0, next;
+  let end = start, count = 0, byte;
   do {
     end = lines.indexOf(LF, end) + 1;
-    next = lines[end];
+    byte = lines[end];
     count++;
   } while (
     end < lines.length && count < mostLines && end - start < APPENDED_BYTES &&
-    next > TOO_LONG && !(commands && (next === SLASH || next === SPACE))
+    byte !== PIECE && byte !== TOO_LONG &&
+    !(hasCommands && (byte === SLASH || byte === SPACE))
   );
-  return { end, count };
+  return { kind: "message", start, end, count };
 }
+
+/** How many join and leave notices may come at once. After them they are gathered
+ * into one line a second. */
+const NOTICE_BURST = 10;
 
 type Change = "entered" | "left";
 
@@ -1197,51 +1239,98 @@ function changeText(change: Change, name: string, reason: string): string {
   return `${name} has ${change} the room${reason && ` (${reason})`}`;
 }
 
-/** Join and leave notices that come fast, gathered into one line. Somebody who has
- * left before that was told is in none. */
+/** Join and leave notices: one for each person while few come, then one line a
+ * second for all. A person who joins and leaves within that second is in none. */
 class JoinLeaveNotices {
   readonly #entered = new Set<Person>();
   #left: { person: Person; name: string; reason: string }[] = [];
+  #timer: Timer | undefined;
+  /** How many notices may come at once, and when that was counted. */
+  #tokens = NOTICE_BURST;
+  #counted = 0;
 
+  constructor(readonly room: Room) {}
+
+  /** Tells of a change, at once or later. */
   add(change: Change, person: Person, reason: string): void {
+    const { room } = this, { name } = person, now = performance.now();
+    const earned = (now - this.#counted) / 1_000;
+    this.#tokens = Math.min(this.#tokens + earned, NOTICE_BURST);
+    this.#counted = now;
+    if (this.#timer === undefined && this.#tokens >= 1) {
+      this.#tokens--;
+      return room.noticeChange(changeText(change, name, reason), [person]);
+    }
     if (change === "entered") this.#entered.add(person);
     else if (!this.#entered.delete(person)) {
-      this.#left.push({ person, name: person.name, reason });
+      this.#left.push({ person, name, reason });
     }
+    // Among more than a thousand people less often: a thousand deliveries a second.
+    const milliseconds = Math.max(1_000, room.people.size);
+    this.#timer ??= setTimeout(() => this.#tell(), milliseconds);
   }
 
-  /** Whether that this person entered was not told yet. */
+  /** Whether it will be told only later that this person entered. */
   has(person: Person): boolean {
     return this.#entered.has(person);
   }
 
-  /** The line that tells of all of them, empty if there are none, after which it
-   * begins anew; with the person, if it is about one alone. */
-  take(): { text: string; person?: Person } {
+  stop(): void {
+    clearTimeout(this.#timer);
+  }
+
+  #tell(): void {
     const entered = [...this.#entered], left = this.#left;
+    this.#timer = undefined;
+    this.#tokens = 0;
     this.#entered.clear();
     this.#left = [];
-    if (entered.length + left.length === 1) {
-      const [{ person, name, reason }] = [
-        ...left,
-        ...entered.map((person) => ({ person, name: person.name, reason: "" })),
-      ];
-      const change = left.length === 1 ? "left" : "entered";
-      return { text: changeText(change, name, reason), person };
-    }
-    const people = ({ length }: unknown[]) =>
-      length === 1 ? "1 person has" : `${length} people have`;
-    const slow = left.filter(({ reason }) => reason === TOO_SLOW).length;
-    const tooSlow = slow > 0 ? ` (${slow} ${TOO_SLOW})` : "";
-    const joined = entered.length > 0
-      ? `${people(entered)} entered the room`
-      : "";
-    if (left.length === 0) return { text: joined };
-    if (!joined) return { text: `${people(left)} left the room${tooSlow}` };
-    const have = left.length === 1 ? "has" : "have";
-    return { text: `${joined}, ${left.length} ${have} left${tooSlow}` };
+    const people = [...entered, ...left.map(({ person }) => person)];
+    if (people.length === 0) return;
+    const [{ name, reason }] = [...left, { name: people[0].name, reason: "" }];
+    const change = left.length === 1 ? "left" : "entered";
+    const text = people.length === 1
+      ? changeText(change, name, reason)
+      : gatheredText(entered.length, left);
+    this.room.noticeChange(text, people);
   }
 }
+
+/** One line for several changes, such as `5 people have entered the room, 2 have
+ * left (1 too slow)`. */
+function gatheredText(entered: number, left: { reason: string }[]): string {
+  const have = (count: number) => count === 1 ? "has" : "have";
+  const people = (count: number) =>
+    `${count} ${count === 1 ? "person" : "people"} ${have(count)}`;
+  const slow = left.filter(({ reason }) => reason === TOO_SLOW).length;
+  const tooSlow = slow > 0 ? ` (${slow} ${TOO_SLOW})` : "";
+  const joined = `${people(entered)} entered the room`;
+  if (left.length === 0) return joined;
+  return entered > 0
+    ? `${joined}, ${left.length} ${have(left.length)} left${tooSlow}`
+    : `${people(left.length)} left the room${tooSlow}`;
+}
+
+/** How much a turn of the event loop takes in, in milliseconds of work and in bytes
+ * appended, before it lets reads and writes happen. */
+const TURN_MILLISECONDS = 4, TURN_BYTES = 65_536;
+
+/** How many writes to single readers a turn takes. In each the runtime begins and
+ * ends 128 reads and writes (tokio's budget): with more of these, reads wait for
+ * them, and everyone's lines with the reads. */
+const TURN_ANSWERS = 64;
+
+/** How much one client may send in a turn while nobody waits, in bytes; a line
+ * counts for {@linkcode LINE_COST} more. */
+const CLIENT_TURN_BYTES = 16_384, LINE_COST = 64;
+
+/** A write that has not ended after this time is old: no input is handled before old
+ * writes have ended, in milliseconds. */
+const OLD_WRITE_MILLISECONDS = 100;
+
+/** For how many turns of about a millisecond input waits for old writes. If none of
+ * them ends in a turn, they are to clients that do not read, and nothing waits. */
+const MOST_WAITING_TURNS = 50;
 
 /** Writes that began at about the same time, and how many have not ended. */
 interface Writes {
@@ -1266,10 +1355,14 @@ interface TurnTaker {
  */
 class Turns {
   #number = 0;
+  /** When the client began that is being served, in milliseconds of
+   * `performance.now`: called for each use of it, that would take a twentieth of the
+   * time of a line between two people. */
+  #began = 0;
   #worked = 0;
   #bytes = 0;
   #answers = 0;
-  /** Whether a client is being served, and the readers to flush then. */
+  /** Whether a client is being served, and the readers to flush after that. */
   #serving = false;
   #answered: Reader[] = [];
   #ending = false;
@@ -1284,17 +1377,22 @@ class Turns {
   /** @param flush starts to write what was appended in the turn */
   constructor(readonly flush: () => void) {}
 
-  /** Whether the end of the turn is awaited. */
+  /** Whether the turn ends soon. */
   get isEnding(): boolean {
     return this.#ending;
   }
 
+  /** When the client began that is being served. */
+  get began(): number {
+    return this.#began;
+  }
+
   /** Has `taker` say what is next, if it may in this turn and nobody waits. */
   serve(taker: TurnTaker): boolean {
-    if (this.#queue.length > 0 || this.#isOver || this.hasUsed(taker)) {
-      return false;
-    }
-    this.#serve(taker);
+    if (this.#queue.length > 0 || this.hasUsed(taker)) return false;
+    const now = performance.now();
+    if (this.#isOver(now)) return false;
+    this.#serve(taker, now);
     return true;
   }
 
@@ -1322,8 +1420,8 @@ class Turns {
     if (this.#bytes > TURN_BYTES / 4) this.endSoon();
   }
 
-  /** Flushes a reader for which something was inserted: at once, or when the client
-   * is served whose lines led to it. */
+  /** Flushes a reader for which something was inserted: now, or when the client has
+   * been served whose lines led to it. */
   answered(reader: Reader): void {
     if (!this.#serving) reader.flush();
     else if (this.#answered.at(-1) !== reader) this.#answered.push(reader);
@@ -1331,7 +1429,9 @@ class Turns {
 
   beginWrite(): Writes {
     const writes = this.#writes.at(-1)!;
-    if (writes.count === 0) writes.began = performance.now();
+    if (writes.count === 0) {
+      writes.began = this.#serving ? this.#began : performance.now();
+    }
     writes.count++;
     return writes;
   }
@@ -1349,7 +1449,7 @@ class Turns {
     // what they bring would leave in writes of its own. With ten people who talk
     // as fast as they receive, a thousand readers get twice as many lines.
     // Only a timer lets the runtime do nothing but read and write for a while.
-    if (this.#hasOldWrites) setTimeout(this.#end, 1);
+    if (this.#hasOldWrites(performance.now())) setTimeout(this.#end, 1);
     else setImmediate(this.#end);
   }
 
@@ -1358,66 +1458,97 @@ class Turns {
     this.flush();
     this.#number++;
     this.#worked = this.#bytes = this.#answers = 0;
-    const latest = this.#writes.at(-1)!;
-    if (latest.count > 0) this.#writes.push({ began: 0, count: 0 });
-    this.#waitForOldWrites();
-    while (this.#queue.length > 0 && !this.#isOver) {
+    if (this.#writes.at(-1)!.count > 0) {
+      this.#writes.push({ began: 0, count: 0 });
+    }
+    let now = performance.now();
+    this.#waitForOldWrites(now);
+    while (this.#queue.length > 0 && !this.#isOver(now)) {
       const { taker, served } = this.#queue.shift()!;
-      this.#serve(taker);
+      now = this.#serve(taker, now);
       served();
     }
     if (this.#queue.length > 0) this.endSoon();
   };
 
-  #serve(taker: TurnTaker): void {
-    const began = performance.now();
+  /** Returns when it has served `taker`. */
+  #serve(taker: TurnTaker, now: number): number {
+    this.#began = now;
     this.#serving = true;
     taker.sayNext();
     this.#serving = false;
     for (const reader of this.#answered) reader.flush();
     this.#answers += this.#answered.length;
     if (this.#answered.length > 0) this.#answered = [];
-    this.#worked += performance.now() - began;
-    if (this.#isOver) this.endSoon();
+    const ended = performance.now();
+    this.#worked += ended - now;
+    if (this.#isOver(ended)) this.endSoon();
+    return ended;
   }
 
-  get #isOver(): boolean {
+  #isOver(now: number): boolean {
     return this.#worked > TURN_MILLISECONDS || this.#bytes >= TURN_BYTES ||
-      this.#answers >= TURN_ANSWERS || this.#hasOldWrites;
+      this.#answers >= TURN_ANSWERS || this.#hasOldWrites(now);
   }
 
-  get #hasOldWrites(): boolean {
+  #hasOldWrites(now: number): boolean {
     const writes = this.#writes;
     while (writes.length > 1 && writes[0].count === 0) writes.shift();
     const [{ began, count }] = writes;
-    return count > 0 && performance.now() - began > OLD_WRITE_MILLISECONDS;
+    return count > 0 && now - began > OLD_WRITE_MILLISECONDS;
   }
 
-  /** Waits for old writes, or gives them up. */
-  #waitForOldWrites(): void {
+  /** Lets old writes keep the next turn waiting, or no longer counts them. */
+  #waitForOldWrites(now: number): void {
     const progress = this.#writesEnded !== this.#endedBefore;
     this.#endedBefore = this.#writesEnded;
-    if (!this.#hasOldWrites) this.#waited = 0;
+    if (!this.#hasOldWrites(now)) this.#waited = 0;
     else if (progress && ++this.#waited < MOST_WAITING_TURNS) return;
-    else while (this.#hasOldWrites) this.#writes.shift();
+    else while (this.#hasOldWrites(now)) this.#writes.shift();
+  }
+}
+
+/** The time of day before each line, `12:34 `, made once a minute. */
+class Clock {
+  #minute = -1;
+  #time = "";
+  #date = "";
+
+  /** @param ended is told the date of a day that has ended */
+  constructor(readonly ended: (date: string) => void) {}
+
+  time(): string {
+    const now = Date.now(), minute = Math.floor(now / 60_000);
+    if (minute === this.#minute) return this.#time;
+    const moment = new Date(now), date = dateText(moment), before = this.#date;
+    this.#minute = minute;
+    this.#time = `${timeText(moment)} `;
+    this.#date = date;
+    if (before && before !== date) this.ended(before);
+    return this.#time;
   }
 }
 
 /** How many names a new client is shown before the others are only counted. */
 const LISTED_NAMES = 20;
 
+/** In a room of so many people all may be looked at to answer one of them. */
+const SMALL_ROOM = 100;
+
+const NO_LINKS: ReadonlySet<LinkEvents> = new Set();
+
 /** The people, what they say, and who receives it. */
 class Room {
   readonly log = new Log();
   readonly turns = new Turns(() => this.#flush());
-  /** Everybody and everything that receives something, in the room or not yet. */
+  /** Everyone and everything that receives something, in the room or not yet. */
   readonly readers = new Set<Reader>();
   /** Those who have a name, by {@linkcode nameKey}. */
   readonly people = new Map<string, Person>();
   /** Those who receive no notices of joining, leaving and new names, and those who
-   * receive none of joining and leaving. */
+   * receive none of clients of this server that join and leave. */
   readonly quiet = new Set<Person>();
-  readonly quietOnJoins = new Set<Person>();
+  readonly quietOnClients = new Set<Person>();
   /** Those whose terminals ring when they are named. */
   readonly bells = new Set<Person>();
   /** What a new client is shown after the welcome: lines with their ends. */
@@ -1425,20 +1556,19 @@ class Room {
   /** Where a browser that asks the chat port is sent. */
   webPage = "";
   transcript: Transcript | null = null;
-  readonly links = new Set<Link>();
+  readonly links = new Set<LinkEvents>();
+  /** The names of this server on its links, by {@linkcode nameKey}. */
+  readonly ownNames = new Set<string>();
   /** Whether the last line has been said. */
   closed = false;
-  /** Who is here, until somebody joins, leaves or changes. */
+  /** What `/who` answers, and the first people and how they are listed: kept until
+   * one of them changes, as a crowd that joins would have both made for each. */
   #everyone: Uint8Array | null = null;
-  #firstNames: string | null = null;
+  #first: { people: Person[]; labels: string } | null = null;
   #guests = 0;
   readonly #history: History;
-  readonly #notices = new JoinLeaveNotices();
-  #noticeTimer: Timer | undefined;
-  /** How many notices may come at once, and when that was. */
-  #noticeTokens = NOTICE_BURST;
-  #lastNotice = 0;
-  #clock = { minute: -1, time: "", date: "" };
+  readonly #notices = new JoinLeaveNotices(this);
+  readonly #clock = new Clock((date) => this.#history.addDate(date));
   #flushNeeded = false;
   /** Whether readers may be behind the window since the last flush. */
   #windowMoved = false;
@@ -1451,16 +1581,29 @@ class Room {
 
   // -- people
 
-  /** The person of that name, as people write it: `bob`, `bob,` or `@bob`. */
+  /** The person of that name, as people write it: `bob`, `bob,` or `@bob`; on the
+   * server that is linked as tokyo `bob@tokyo` too. */
   find(name: string): Person | undefined {
+    const plain = name.replace(/^@|[,:]$/g, ""), at = plain.indexOf("@");
+    const isOwn = at > 0 && this.ownNames.has(nameKey(plain.slice(at + 1)));
     return this.people.get(nameKey(name)) ??
-      this.people.get(nameKey(name.replace(/^@|[,:]$/g, "")));
+      this.people.get(nameKey(isOwn ? plain.slice(0, at) : plain));
+  }
+
+  /** A person on another server whose name begins with `name`, as `bob@paris` does;
+   * looked for only in a small room. */
+  findElsewhere(name: string): Person | undefined {
+    if (this.people.size > SMALL_ROOM) return;
+    const start = `${nameKey(name)}@`;
+    for (const [key, person] of this.people) {
+      if (key.startsWith(start)) return person;
+    }
   }
 
   /** A name that nobody has. */
   guestName(): string {
     let name;
-    do name = `guest${++this.#guests}`; while (this.find(name));
+    do name = `guest${++this.#guests}`; while (this.people.has(name));
     return name;
   }
 
@@ -1481,57 +1624,69 @@ class Room {
 
   /** Adds `person` to those who are here, without a notice. */
   add(person: Person, name: string): void {
-    this.#setName(person, name);
-    for (const link of this.#linksFor(person)) link.events.joined(name);
-  }
-
-  #setName(person: Person, name: string): void {
     person.name = name;
-    if (this.people.size < LISTED_NAMES) this.#firstNames = null;
     this.people.set(nameKey(name), person);
-    this.#everyone = null;
+    this.#listChanged(person);
+    for (const link of this.#linksFor(person)) link.joined(name);
   }
 
   /** Gives `person` another name that has no {@linkcode nameProblem}. */
   rename(person: Person, name: string): void {
     const before = person.name, text = `* ${before} is now known as ${name}\n`;
     this.people.delete(nameKey(before));
-    this.#firstNames = null;
-    this.#setName(person, name);
-    for (const link of this.#linksFor(person)) {
-      link.events.renamed(before, name);
+    this.people.set(nameKey(name), person);
+    person.name = name;
+    this.#listChanged(person);
+    for (const link of this.#linksFor(person)) link.renamed(before, name);
+    // Nobody knows the name before if the notice of joining is yet to come.
+    if (!this.#notices.has(person)) {
+      const start = this.log.end;
+      this.#append(text, NO_BYTES, person);
+      for (const other of this.quiet) other.reader?.skip(start);
+      this.#flushSoon();
     }
-    if (this.#notices.has(person)) return person.tell(text);
-    const start = this.log.end;
-    this.#append(text, NO_BYTES, person);
-    for (const other of this.quiet) other.reader?.skip(start);
-    person.tell(text);
-    this.#flushSoon();
+    person.tell(text); // though it may be quiet, this is the answer
   }
 
   /** Takes `person` out, and tells the others unless `silent`; its reader may still
-   * write what was said before. */
-  leave(person: Person, reason: string, { silent = false } = {}): void {
+   * write what was said before.
+   *
+   * @param options `mayReturn`: whether those who ignore the person are to do so
+   * after it has been added again
+   */
+  leave(
+    person: Person,
+    reason: string,
+    { silent = false, mayReturn = false } = {},
+  ): void {
+    const { ignored, ignoredBy } = person, key = nameKey(person.name);
     person.replyTo = null; // or each would keep the one before in memory
-    for (const other of person.ignored ?? []) other.ignoredBy?.delete(person);
-    for (const other of person.ignoredBy ?? []) other.ignored?.delete(person);
-    for (const set of [this.quiet, this.quietOnJoins, this.bells]) {
-      set.delete(person);
+    if (ignored) { for (const it of ignored) it.ignoredBy?.delete(person); }
+    if (ignoredBy && !mayReturn) {
+      for (const it of ignoredBy) it.ignored?.delete(person);
     }
-    if (this.people.get(nameKey(person.name)) !== person) return;
-    this.people.delete(nameKey(person.name));
-    this.#everyone = this.#firstNames = null;
-    for (const link of this.#linksFor(person)) {
-      link.events.left(person.name, reason);
-    }
+    this.quiet.delete(person);
+    this.quietOnClients.delete(person);
+    this.bells.delete(person);
+    if (this.people.get(key) !== person) return; // it had no name yet
+    this.people.delete(key);
+    this.#listChanged(person);
+    for (const link of this.#linksFor(person)) link.left(person.name, reason);
     if (!silent) this.#tellChange("left", person, reason);
   }
 
   setAway(person: Person, reason: string | null): void {
     person.away = reason;
-    this.#everyone = this.#firstNames = null;
-    for (const link of this.#linksFor(person)) {
-      link.events.away(person.name, reason);
+    this.#listChanged(person);
+    for (const link of this.#linksFor(person)) link.away(person.name, reason);
+  }
+
+  /** Someone has joined, left or changed. */
+  #listChanged(person: Person): void {
+    this.#everyone = null;
+    const people = this.#first?.people ?? [];
+    if (people.length < LISTED_NAMES || people.includes(person)) {
+      this.#first = null;
     }
   }
 
@@ -1539,23 +1694,23 @@ class Room {
   get hereNow(): string {
     const { size } = this.people;
     if (size === 0) return "* Nobody else is here yet.\n";
-    // Kept, as a crowd that joins would have it made anew for each.
-    this.#firstNames ??= Array.from(
-      this.people.values().take(LISTED_NAMES),
-      label,
-    ).join(", ");
-    const more = size > LISTED_NAMES ? `, and ${size - LISTED_NAMES} more` : "";
-    return `* Here now: ${this.#firstNames}${more} (${size})\n`;
+    if (this.#first === null) {
+      const people = [...this.people.values().take(LISTED_NAMES)];
+      this.#first = { people, labels: people.map(label).join(", ") };
+    }
+    const { people, labels } = this.#first, others = size - people.length;
+    const more = others > 0 ? `, and ${others} more` : "";
+    return `* Here now: ${labels}${more} (${size})\n`;
   }
 
-  /** Everyone who is here, in lines of {@linkcode LINE_BYTES} at most. */
+  /** Everyone who is here, in lines of {@linkcode LINE_BYTES} at most; those of
+   * this server first. */
   get everyone(): Uint8Array {
     if (this.#everyone !== null) return this.#everyone;
     let text = "", line = "* Here now:";
-    // Those of this server first.
     const people = [...this.people.values()];
-    const isRemote = (person: Person) => person instanceof RemotePerson;
-    people.sort((a, b) => Number(isRemote(a)) - Number(isRemote(b)));
+    const isRemote = (person: Person) => Number(person instanceof RemotePerson);
+    people.sort((a, b) => isRemote(a) - isRemote(b));
     for (const person of people) {
       const next = `${line} ${label(person)},`;
       // A letter takes three bytes at most for a UTF-16 unit.
@@ -1588,26 +1743,22 @@ class Room {
     const start = this.log.end, time = this.stamp();
     if (this.bells.size > 0) this.#ring(from, decoder.decode(lines));
     this.#append(time + (action ? `** ${from.name} ` : from.mark), lines, from);
-    if (this.#keepsLines) {
+    if (this.#history.most > 0 || this.transcript !== null) {
       const said = this.log.tail.between(start, this.log.end);
       this.#history.add(said);
       this.transcript?.add(said, time.length);
     }
     for (const link of this.#linksFor(from)) {
-      link.events.said(from.name, lines, action);
+      link.said(from.name, lines, action);
     }
     this.#flushSoon(from);
-  }
-
-  get #keepsLines(): boolean {
-    return this.#history.most > 0 || this.transcript !== null;
   }
 
   /** Rings at everyone who is named in `text` and wants it. */
   #ring(from: Person, text: string): void {
     const words = new Set(text.split(/[^\p{L}\p{M}\p{Nd}_@-]+/u).map(nameKey));
     for (const word of words) {
-      const person = this.people.get(word.replace(/^@/, ""));
+      const person = this.find(word);
       if (!person || person === from || !this.bells.has(person)) continue;
       if (!person.ignored?.has(from)) person.tell("\x07");
     }
@@ -1616,7 +1767,7 @@ class Room {
   /** `from` says something to `to` alone. */
   sayPrivately(from: Person, to: Person, text: string): void {
     if (!to.receive(from, text)) {
-      return from.tell(`! ${to.name} receives too slowly. Try again later.\n`);
+      return from.tellError(`${to.name} receives too slowly. Try again later.`);
     }
     from.tell(`${this.stamp()}[you -> ${to.name}] ${text}\n`);
     if (to.away !== null) from.tell(awayText(to));
@@ -1628,42 +1779,28 @@ class Room {
     this.#flushSoon();
   }
 
-  /** At once, as long as few come; then one line a second. Among more than a
-   * thousand people less often: a thousand deliveries a second at most. */
   #tellChange(change: Change, person: Person, reason: string): void {
     if (this.options.raw || this.closed) return;
-    const now = performance.now(), earned = (now - this.#lastNotice) / 1_000;
-    this.#noticeTokens = Math.min(this.#noticeTokens + earned, NOTICE_BURST);
-    this.#lastNotice = now;
-    if (this.#noticeTimer === undefined && this.#noticeTokens >= 1) {
-      this.#noticeTokens--;
-      return this.#noticeChange(
-        changeText(change, person.name, reason),
-        person,
-      );
-    }
     this.#notices.add(change, person, reason);
-    this.#noticeTimer ??= setTimeout(() => {
-      this.#noticeTimer = undefined;
-      this.#noticeTokens = 0;
-      const { text, person } = this.#notices.take();
-      if (text) this.#noticeChange(text, person);
-    }, Math.max(1_000, this.people.size));
   }
 
-  /** Tells those who want to know, and do not ignore `person`. */
-  #noticeChange(text: string, person?: Person): void {
-    const start = this.log.end;
-    this.#append(`* ${text}\n`, NO_BYTES, person);
+  /** Tells those who want to know that `people` joined or left. Those who ignore the
+   * only one are not told. */
+  noticeChange(text: string, people: Person[]): void {
+    const start = this.log.end,
+      only = people.length === 1 ? people[0] : undefined;
+    this.#append(`* ${text}\n`, NO_BYTES, only);
     for (const other of this.quiet) other.reader?.skip(start);
-    for (const other of this.quietOnJoins) other.reader?.skip(start);
+    if (!people.some((person) => person instanceof RemotePerson)) {
+      for (const other of this.quietOnClients) other.reader?.skip(start);
+    }
     this.#flushSoon();
   }
 
   /** Says the last line that anyone receives. */
   close(): void {
     this.closed = true;
-    clearTimeout(this.#noticeTimer);
+    this.#notices.stop();
     const line = this.options.raw ? "Shutdown Server\n" : "* Shutdown Server\n";
     this.#append(line, NO_BYTES);
     for (const reader of this.readers) {
@@ -1673,8 +1810,8 @@ class Room {
   }
 
   /** The last public lines, in pieces that all new clients share. */
-  get history(): Uint8Array[] {
-    this.stamp(); // and so the date of older lines
+  history(): Uint8Array[] {
+    this.stamp(); // which puts the date before the lines of another day
     return this.#history.parts;
   }
 
@@ -1683,26 +1820,14 @@ class Room {
     const today = dateText(new Date());
     for (const { time, line } of lines) {
       const date = dateText(time), day = date === today ? "" : `${date} `;
-      const stamp = this.options.timestamps ? day + timeText(time) : "";
+      const stamp = this.options.timestamps ? `${day}${timeText(time)} ` : "";
       this.#history.add(encoder.encode(`${stamp}${line}\n`));
     }
   }
 
   /** The time of day before a line, if it is wanted. */
   stamp(): string {
-    return this.options.timestamps ? this.time() : "";
-  }
-
-  /** The time of day, `12:34 `. */
-  time(): string {
-    const now = Date.now(), minute = Math.floor(now / 60_000);
-    if (minute === this.#clock.minute) return this.#clock.time;
-    const moment = new Date(now), { date } = this.#clock;
-    this.#clock = { minute, time: timeText(moment), date: dateText(moment) };
-    if (date && date !== this.#clock.date && this.options.timestamps) {
-      this.#history.addDate(date);
-    }
-    return this.#clock.time;
+    return this.options.timestamps ? this.#clock.time() : "";
   }
 
   /** Appends to the log, past `from` and those who ignore `from`. */
@@ -1717,8 +1842,8 @@ class Room {
   }
 
   /** The links that have to be told of what `person` does. */
-  #linksFor(person: Person): Iterable<Link> {
-    return person instanceof RemotePerson ? [] : this.links;
+  #linksFor(person: Person): Iterable<LinkEvents> {
+    return person instanceof RemotePerson ? NO_LINKS : this.links;
   }
 
   /** Flushes at the end of the turn, with what else is said in it; at once if one
@@ -1731,27 +1856,20 @@ class Room {
     else this.turns.endSoon();
   }
 
-  /** Starts a write for each reader that is not writing. In a small room it starts
-   * at a random reader, so that the same one is not always the last: with ten
-   * people who talk as fast as they receive, a hundred readers get a fifth more. */
+  /** Starts a write for each reader that is not writing. */
   #flush(): void {
     if (!this.#flushNeeded) return;
     this.#flushNeeded = false;
-    const { readers } = this, { size } = readers;
+    const readers = [...this.readers];
     if (this.#windowMoved) {
       this.#windowMoved = false;
       for (const reader of readers) if (reader.isBehind) reader.sink.tooSlow();
     }
-    const first = size > RANDOM_START_READERS
-      ? 0
-      : Math.floor(Math.random() * size);
-    let place = 0;
-    for (const reader of readers) if (place++ >= first) reader.flush();
-    place = 0;
-    for (const reader of readers) {
-      if (place++ === first) break;
-      reader.flush();
+    if (readers.length <= RANDOM_START_READERS) {
+      const first = Math.floor(Math.random() * readers.length);
+      readers.push(...readers.splice(0, first));
     }
+    for (const reader of readers) reader.flush();
   }
 }
 
@@ -1764,9 +1882,9 @@ function awayText({ name, away }: Person): string {
   return `* ${name} is away${away && `: ${away}`}\n`;
 }
 
-/** The local time of day, `12:34 `. */
+/** The local time of day, `12:34`. */
 function timeText(time: Date): string {
-  return time.toTimeString().slice(0, 5) + " ";
+  return time.toTimeString().slice(0, 5);
 }
 
 /** The local date, `2026-01-31`. */
@@ -1781,45 +1899,6 @@ function dateText(time: Date): string {
 // lines and paced; it receives the room until it leaves.
 // ---------------------------------------------------------------------------
 
-/** The size of the read buffer, in bytes. A client that only listens has the
- * smallest; a full read makes it eight times larger, up to the largest. */
-const SMALLEST_READ_BYTES = 256, LARGEST_READ_BYTES = 65_536;
-
-/** The largest buffer of a client that is paced, as what was read waits in memory,
- * and of a client whose last read was small. */
-const PACED_READ_BYTES = 8_192, RESTING_READ_BYTES = 2_048;
-
-/** How many seconds' worth of lines a client may send at once, and for how many it
- * waits at least when it has sent them: to wake up for each line takes four times
- * the time. */
-const BURST_SECONDS = 5, PAUSE_SECONDS = 0.3;
-
-/** How many commands of a client are run at once, to be answered in one write. */
-const MOST_COMMANDS = 8;
-
-/** The time between reads of what a client still sends after it has left. */
-const DISCARD_MILLISECONDS = 10;
-
-/** How long a client that leaves has to take the lines that wait for it. */
-const DRAIN_MILLISECONDS = 1_000;
-
-/** How long to wait for a TLS handshake or the password, and for a name. */
-const ANSWER_MILLISECONDS = 30_000, NAME_MILLISECONDS = 60_000;
-
-/** After how long, and how often, a client is told that its lines wait. */
-const WAITING_MILLISECONDS = 2_000, WAITING_AGAIN_MILLISECONDS = 10_000;
-
-/** The first line of an HTTP, RTSP or SIP request (RFC 9112, section 3), or its
- * first piece, if it is too long for one. */
-const REQUEST =
-  /^[a-z]+ \S+ ((?:HTTP|RTSP|SIP)\/\d\S*)|^(?:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) \S{4000,}$/i;
-
-/** The first line of an SSH client (RFC 4253, 4.2). */
-const SSH_BANNER = /^SSH-\d/;
-
-/** How a TLS handshake begins (RFC 8446, 5.1). */
-const TLS_HANDSHAKE = [0x16, 0x03];
-
 /** What the server needs of a connection. TCP is one kind; an embedding program
  * can bring others. */
 export interface Connection {
@@ -1827,7 +1906,8 @@ export interface Connection {
   read(buffer: Uint8Array): Promise<number | null>;
   /** Writes some of `bytes`; resolves to how many. */
   write(bytes: Uint8Array): Promise<number>;
-  /** Ends both directions at once, with whatever is pending. */
+  /** Ends both directions at once. Writes that have resolved still arrive, where the
+   * other side has ended what it sends. */
   close(): void;
   /** Ends what is written (a half-close), where the connection can do that. */
   closeWrite?(): Promise<void>;
@@ -1842,25 +1922,184 @@ function tryClose(connection: { close(): void }): void {
   } catch { /* it was */ }
 }
 
-/** Prints what happened to a client, with its name, the reason, and how many are
- * connected. */
-type Report = (what: string, client: Client, reason?: string) => void;
+/** The size of the read buffer, in bytes. A client that only listens has the
+ * smallest; a full read makes it eight times larger, up to the largest. */
+const SMALLEST_READ_BYTES = 256, LARGEST_READ_BYTES = 65_536;
 
-/** What a client of another protocol is told. */
-const NOT_A_TERMINAL =
-  "This is a Parley chat room. Join it from a terminal: nc HOST PORT\n";
+/** The largest buffer of a client that is paced, as what was read waits in memory,
+ * and of a client whose last read was small. */
+const PACED_READ_BYTES = 8_192, RESTING_READ_BYTES = 2_048;
+
+/** A part of an allocation that several clients share, which saves 0.6 KB each. */
+function smallestBuffer(): Uint8Array {
+  const { buffer, byteOffset } = Buffer.allocUnsafe(SMALLEST_READ_BYTES);
+  return new Uint8Array(buffer, byteOffset, SMALLEST_READ_BYTES);
+}
+
+/** What a client has sent: the lines that were not said yet. */
+class Input {
+  /** What is read next goes here. */
+  buffer: Uint8Array = smallestBuffer();
+  /** Made with the first bytes: many clients only listen. */
+  splitter: LineSplitter | null = null;
+  #lines: Uint8Array = NO_BYTES;
+  /** The byte of `#lines` at which the next line begins. */
+  #next = 0;
+  /** How many bytes of a TLS handshake came first; -1 if there were others. */
+  #tlsBytes = 0;
+
+  get hasLine(): boolean {
+    return this.#next < this.#lines.length;
+  }
+
+  /** The lines that wait. They may lie in {@linkcode Input.buffer}. */
+  get lines(): Uint8Array {
+    return this.#lines.subarray(this.#next);
+  }
+
+  /** Takes new lines, when the ones before were all said. */
+  set lines(lines: Uint8Array) {
+    this.#lines = lines;
+    this.#next = 0;
+  }
+
+  /** The lines that can be handled together, as {@linkcode nextRun} finds them. */
+  peekRun(most: number, hasCommands: boolean): Run {
+    return nextRun(this.#lines, this.#next, most, hasCommands);
+  }
+
+  /** Takes the lines of a run. */
+  take({ start, end }: Run): Uint8Array {
+    this.#next = end;
+    return this.#lines.subarray(start, end);
+  }
+
+  /** The next line, without its end. */
+  peekLine(): string {
+    const end = this.#lines.indexOf(LF, this.#next);
+    return decoder.decode(this.#lines.subarray(this.#next, end));
+  }
+
+  /** Takes that line. */
+  skipLine(): void {
+    this.#next = this.#lines.indexOf(LF, this.#next) + 1;
+  }
+
+  /** Whether the first bytes, which may come one by one, begin a TLS handshake. */
+  beginsTls(chunk: Uint8Array): boolean {
+    if (this.#tlsBytes < 0) return false;
+    for (const byte of chunk) {
+      if (byte !== TLS_HANDSHAKE[this.#tlsBytes++]) {
+        this.#tlsBytes = -1;
+        return false;
+      }
+      if (this.#tlsBytes === TLS_HANDSHAKE.length) return true;
+    }
+    return false;
+  }
+
+  /** Chooses the size of the next read after one of `count` bytes. */
+  sizeBuffer(count: number, isPaced: boolean): void {
+    const { length } = this.buffer;
+    const most = isPaced ? PACED_READ_BYTES : LARGEST_READ_BYTES;
+    if (count === length) {
+      if (length < most) {
+        this.buffer = new Uint8Array(Math.min(length * 8, most));
+      }
+    } else if (count <= SMALLEST_READ_BYTES) {
+      if (length > SMALLEST_READ_BYTES) this.buffer = smallestBuffer();
+    } else if (length > RESTING_READ_BYTES) {
+      this.buffer = new Uint8Array(RESTING_READ_BYTES);
+    }
+  }
+}
+
+/** How many seconds' worth of lines a client may send at once, and for how many it
+ * waits at least when it has sent them: to wake up for each line takes four times
+ * the time. */
+const BURST_SECONDS = 5, PAUSE_SECONDS = 0.3;
+
+/** After how long, and how often, a client is told that its lines wait. */
+const WAITING_MILLISECONDS = 2_000, WAITING_AGAIN_MILLISECONDS = 10_000;
+
+/** How fast a client may send: a token bucket with a token for each line. What an
+ * address sends over several connections, one after the other, counts together. */
+class Pace {
+  #tokens: number;
+  #refilled = performance.now();
+  /** When the client is next told that its lines wait; if they do. */
+  #nextNotice = Infinity;
+
+  constructor(readonly access: Access, readonly record: AddressRecord) {
+    this.#tokens = access.burst(record);
+  }
+
+  /** How many lines it may send now. */
+  get lines(): number {
+    const { rate } = this.access.options;
+    return rate === 0 ? Infinity : Math.floor(this.#tokens);
+  }
+
+  /** Takes what `lines` lines cost. */
+  charge(lines: number): void {
+    this.#tokens -= lines;
+    this.access.charge(this.record, lines);
+  }
+
+  /** How many milliseconds the client has to wait before it is read again. What is
+   * not read, TCP holds back at the sender: nothing is dropped. */
+  pause(): number {
+    const { rate } = this.access.options, most = rate * BURST_SECONDS;
+    if (rate === 0) return 0;
+    const now = performance.now();
+    const earned = (now - this.#refilled) * rate / 1_000;
+    this.#tokens = Math.min(this.#tokens + earned, most);
+    this.#refilled = now;
+    if (this.#tokens > most / 2) this.#nextNotice = Infinity;
+    if (this.#tokens >= 1) return 0;
+    // Between half and all of it, or clients that began together would stay so.
+    const enough = rate * PAUSE_SECONDS * (1 + Math.random()) / 2;
+    return (Math.max(1, enough) - this.#tokens) * 1_000 / rate;
+  }
+
+  /** Whether a client whose lines wait is told so now. */
+  isNoticeTime(): boolean {
+    const now = performance.now();
+    if (this.#nextNotice === Infinity) {
+      this.#nextNotice = now + WAITING_MILLISECONDS;
+    }
+    if (now < this.#nextNotice) return false;
+    this.#nextNotice = now + WAITING_AGAIN_MILLISECONDS;
+    return true;
+  }
+}
+
+/** How many commands of a client are run at once, to be answered in one write. */
+const MOST_COMMANDS = 8;
+
+/** The time between reads of what a client still sends after it has left. */
+const DISCARD_MILLISECONDS = 10;
+
+/** How long a client that leaves has to take the lines that wait for it. */
+const DRAIN_MILLISECONDS = 1_000;
+
+/** How long to wait for a TLS handshake or the password, and for a name. */
+const ANSWER_MILLISECONDS = 30_000, NAME_MILLISECONDS = 60_000;
 
 const GOODBYE =
   "* Goodbye. If your client stays open, press Enter or Ctrl-C.\n";
 
-/** A connection, and the person behind it: it is read and paced, and receives the
- * room until it leaves. */
+/** Prints what happened to a client, with its name, the reason, and how many are
+ * connected. */
+type Report = (what: string, client: Client, reason?: string) => void;
+
+/** A connection and the person behind it. */
 class Client extends Person implements Sink, TurnTaker {
   readonly reader: Reader;
   /** When it connected, and when it sent its last line, in milliseconds of
    * `performance.now`. */
-  readonly since = performance.now();
-  lastLine = this.since;
+  readonly connected = performance.now();
+  lastLine = this.connected;
   turn = -1;
   used = 0;
 
@@ -1871,26 +2110,11 @@ class Client extends Person implements Sink, TurnTaker {
   #outputEnded = false;
   #closed = false;
 
-  #buffer: Uint8Array = smallestBuffer();
-  /** Made with the first bytes: many clients only listen. */
-  #splitter: LineSplitter | null = null;
-  /** Lines that were not said yet, from the byte at `#nextLine` on. */
-  #lines: Uint8Array = NO_BYTES;
-  #nextLine = 0;
+  readonly #input = new Input();
+  readonly pace: Pace;
+  /** The question that the next line answers. */
+  #question: "" | "password" | "name" = "";
   #firstLineSeen = false;
-  /** Whether the next line is an answer to a question, and whether to that for the
-   * name. */
-  #asked = false;
-  #asksName = false;
-  /** How many bytes of a TLS handshake it began with; -1 if with others. */
-  #tlsBytes = 0;
-  /** What is remembered of its address. */
-  readonly #record: AddressRecord;
-  /** How many lines it may send now, as of when. */
-  #tokens: number;
-  #refilled = this.since;
-  /** When lines began to wait for tokens, and when the client is told so. */
-  #toldOfWaiting = Infinity;
   #wake: (() => void) | null = null;
   #wakeTimer: Timer | undefined;
   #deadline: Timer | undefined;
@@ -1905,9 +2129,7 @@ class Client extends Person implements Sink, TurnTaker {
   ) {
     super(room);
     this.reader = new Reader(room, this);
-    const burst = room.options.rate * BURST_SECONDS;
-    this.#tokens = burst - access.debt(address);
-    this.#record = access.record(address);
+    this.pace = new Pace(access, access.record(address));
   }
 
   /** Its address and port, in the usual form. */
@@ -1920,16 +2142,20 @@ class Client extends Person implements Sink, TurnTaker {
   async live(): Promise<void> {
     const { room, access, connection } = this, { turns } = room;
     if (connection.handshake) await this.#handshake();
-    if (access.asksPassword && !this.left) await this.#askPassword();
-    if (room.options.askName && !this.left) await this.#askForName();
-    else if (!this.left) this.#enter(room.options.raw ? "" : room.guestName());
+    if (access.asksPassword && !this.left) await askPassword(this);
+    if (room.options.askName && !this.left) await askName(this);
+    else if (!this.left) this.enter(room.options.raw ? "" : room.guestName());
     while (!this.left) {
+      if (this.#hasSaidAll) {
+        this.leave("");
+        break;
+      }
       const wait = this.#wait();
       if (wait !== null) await wait;
-      else if (!this.#hasLine) {
+      else if (!this.#input.hasLine) {
         let count;
         try {
-          count = await connection.read(this.#buffer);
+          count = await connection.read(this.#input.buffer);
         } catch {
           this.#readFailed();
           continue;
@@ -1959,59 +2185,24 @@ class Client extends Person implements Sink, TurnTaker {
     if (!this.left) clearTimeout(this.#deadline);
   }
 
-  /** Leaves, told why, unless there is an answer in time. */
-  #expectAnswer(milliseconds: number, reason: string): void {
-    this.#setDeadline(
-      milliseconds,
-      () => this.disconnect("That took too long. Join again.", reason),
-    );
-  }
-
-  async #askPassword(): Promise<void> {
-    const { access, address } = this, reason = "no password";
-    this.#expectAnswer(ANSWER_MILLISECONDS, reason);
-    for (;;) {
-      if (access.isLocked(address)) {
-        const wait = "Too many wrong passwords from your address.";
-        return this.disconnect(`${wait} Try again in a minute.`, reason);
-      }
-      const line = await this.ask("* This room has a password. What is it?\n");
-      if (line === null) return;
-      // Others at its address may have tried meanwhile.
-      if (access.isLocked(address)) continue;
-      if (access.isPassword(line, address)) break;
-      // In a raw room the question is the only line that is not a relayed one.
-      if (!this.room.options.raw) this.tell("! That is not the password.\n");
-    }
-    clearTimeout(this.#deadline);
-  }
-
-  /** Asks for a name, as Protohackers' Budget Chat does. */
-  async #askForName(): Promise<void> {
-    this.#expectAnswer(NAME_MILLISECONDS, "no name");
-    this.#asksName = true;
-    const line = await this.ask("* Welcome to Parley. What is your name?\n");
-    if (line === null) return;
-    clearTimeout(this.#deadline);
-    const name = normalizeName(line);
-    const problem = this.room.nameProblem(name, this);
-    if (problem !== null) {
-      return this.disconnect(`${problem} Join again with another.`, "no name");
-    }
-    this.#enter(name!);
-  }
-
   /** Asks, and resolves to the next line that the client sends; to `null` if it
    * leaves instead. */
-  async ask(question: string): Promise<string | null> {
+  async ask(
+    question: string,
+    kind: "password" | "name",
+  ): Promise<string | null> {
     this.tell(question);
-    this.#asked = true;
+    this.#question = kind;
     while (!this.left) {
+      if (this.#hasSaidAll) {
+        this.leave("");
+        break;
+      }
       const wait = this.#wait();
       if (wait !== null) await wait;
-      else if (!this.#hasLine) await this.#read();
+      else if (!this.#input.hasLine) await this.#read();
       else if (!this.#isOtherProtocol()) {
-        this.#asked = false;
+        this.#question = "";
         return this.#takeLine();
       }
     }
@@ -2019,12 +2210,14 @@ class Client extends Person implements Sink, TurnTaker {
   }
 
   /** Greets the client, and lets it into the room. */
-  #enter(name: string): void {
+  enter(name: string): void {
     const { room, reader, access } = this, { raw, askName } = room.options;
+    clearTimeout(this.#deadline);
     if (raw) reader.follow();
     else {
-      reader.insert(encoder.encode(this.#welcome(name)));
-      for (const part of room.history) reader.insert(part, 0);
+      const history = room.history();
+      reader.insert(encoder.encode(welcome(room, name, history.length > 0)));
+      for (const part of history) reader.insert(part, 0);
       if (this.left) return; // too slow for so much
       room.enter(this, name);
       reader.flush();
@@ -2033,28 +2226,17 @@ class Client extends Person implements Sink, TurnTaker {
     else if (access.asksPassword) this.report("Password accepted from", this);
   }
 
-  #welcome(name: string): string {
-    const { room } = this;
-    if (room.options.askName) {
-      const names = Array.from(room.people.values(), ({ name }) => name);
-      return `* The room contains: ${names.join(", ")}\n`;
-    }
-    return `* Welcome! You are ${name}. Type a message and press Enter. ` +
-      "/nick NAME sets your name, /help lists commands.\n" +
-      room.motd + room.hereNow +
-      (room.history.length > 0 ? "* Earlier:\n" : "");
-  }
-
   // -- reading
+
+  /** Whether the client has ended, and all that it sent was said. */
+  get #hasSaidAll(): boolean {
+    return this.#inputEnded && !this.#input.hasLine;
+  }
 
   /** What the client has to wait for before anything else: its pace, the answers
    * that it has not taken yet, or its turn. */
   #wait(): Promise<void> | null {
-    if (this.#inputEnded && !this.#hasLine) {
-      this.leave("");
-      return Promise.resolve();
-    }
-    const pause = this.#pause();
+    const pause = this.pace.pause();
     if (pause > 0) {
       this.#tellOfWaiting();
       return this.#sleep(pause);
@@ -2064,40 +2246,16 @@ class Client extends Person implements Sink, TurnTaker {
     return turns.hasUsed(this) ? turns.wait(this) : null;
   }
 
-  get #hasLine(): boolean {
-    return this.#nextLine < this.#lines.length;
-  }
-
-  /** How many milliseconds the client has to wait for its pace. What is not read,
-   * TCP holds back at the sender: nothing is dropped. */
-  #pause(): number {
-    const { rate } = this.room.options;
-    if (rate === 0) return 0;
-    // A token bucket: `rate` lines a second, BURST_SECONDS' worth at most.
-    const now = performance.now();
-    const earned = (now - this.#refilled) * rate / 1_000;
-    this.#tokens = Math.min(this.#tokens + earned, rate * BURST_SECONDS);
-    this.#refilled = now;
-    if (this.#tokens > rate * BURST_SECONDS / 2) this.#toldOfWaiting = Infinity;
-    if (this.#tokens >= 1) return 0;
-    // Between half and all of it, or clients that began together would stay so.
-    const enough = rate * PAUSE_SECONDS * (1 + Math.random()) / 2;
-    return (Math.max(1, enough) - this.#tokens) * 1_000 / rate;
-  }
-
   /** Tells a person who pastes why others do not see it yet. */
   #tellOfWaiting(): void {
     const { rate, raw, askName } = this.room.options;
-    if (raw || askName || !this.#hasLine) return;
-    const now = performance.now();
-    if (this.#toldOfWaiting === Infinity) {
-      this.#toldOfWaiting = now + WAITING_MILLISECONDS;
-    }
-    if (now < this.#toldOfWaiting) return;
-    this.#toldOfWaiting = now + WAITING_AGAIN_MILLISECONDS;
-    const count = countLines(this.#lines.subarray(this.#nextLine));
+    if (raw || askName || !this.#input.hasLine) return;
+    if (!this.pace.isNoticeTime()) return;
+    const count = countLines(this.#input.lines);
     const lines = count === 1 ? "1 is" : `${count} are`;
-    this.tell(`! Your lines are sent at ${rate} a second; ${lines} waiting.\n`);
+    this.tellError(
+      `Your lines are sent at ${rate} a second; ${lines} waiting.`,
+    );
   }
 
   #sleep(milliseconds: number): Promise<void> {
@@ -2110,7 +2268,7 @@ class Client extends Person implements Sink, TurnTaker {
   async #read(): Promise<void> {
     let count;
     try {
-      count = await this.connection.read(this.#buffer);
+      count = await this.connection.read(this.#input.buffer);
     } catch {
       return this.#readFailed();
     }
@@ -2124,36 +2282,34 @@ class Client extends Person implements Sink, TurnTaker {
   }
 
   #received(count: number | null): void {
+    const input = this.#input, { rate } = this.room.options;
     if (count === null) this.#inputEnded = true;
     else if (!(count > 0)) return this.#readFailed(); // it would be tried endlessly
     if (this.left) return; // nothing more of it is looked at
-    this.#nextLine = 0;
     if (count === null) {
-      this.#lines = this.#splitter?.end() ?? NO_BYTES;
+      input.lines = input.splitter?.end() ?? NO_BYTES;
       return;
     }
-    const chunk = this.#buffer.subarray(0, count);
-    if (this.#beginsTls(chunk)) return this.leave("TLS, which is off");
-    const splitter = this.#splitter ??= this.#newSplitter();
-    this.#lines = splitter.push(chunk);
+    const chunk = input.buffer.subarray(0, count);
+    if (input.beginsTls(chunk)) return this.leave("TLS, which is off");
+    const splitter = input.splitter ??= this.#newSplitter();
+    input.lines = splitter.push(chunk);
     // What cleaning removed costs like what it kept: it was work.
-    this.charge(splitter.junk);
+    this.pace.charge(splitter.junk);
     this.room.turns.count(this, count);
-    this.#sizeBuffer(count);
+    input.sizeBuffer(count, rate > 0);
     if (splitter.telnet !== null) this.#answerTelnet(splitter.telnet);
   }
 
   #newSplitter(): LineSplitter {
     const { raw, askName } = this.room.options;
     const hasCommands = !raw && !askName;
-    return new LineSplitter(
-      raw,
-      // A slash that is all of the first piece: the command is in the next.
-      (start) =>
-        // An empty name is an answer, an empty password is none.
-        (this.#asked && (start !== "" || this.#asksName)) ||
-        (hasCommands && beginsCommand(start)),
-    );
+    return new LineSplitter(raw, (start) => {
+      if (this.#question === "name") return true;
+      // An empty password is no answer.
+      if (this.#question === "password" && start !== "") return true;
+      return hasCommands && beginsCommand(start);
+    });
   }
 
   #answerTelnet(telnet: TelnetFilter): void {
@@ -2163,7 +2319,7 @@ class Client extends Person implements Sink, TurnTaker {
     if (reply.length > 0) {
       this.reader.insert(Uint8Array.from(reply));
       this.reader.flush();
-      this.charge(1); // it costs a line, so that replies have a bound
+      this.pace.charge(1); // it costs a line, so that replies have a bound
     }
     if (request === 0 || this.room.options.raw) return;
     this.tell(
@@ -2171,90 +2327,47 @@ class Client extends Person implements Sink, TurnTaker {
         ? "* Yes, Parley is here.\n"
         : "* To leave, type /quit.\n",
     );
-    this.charge(1);
-  }
-
-  /** Whether its first bytes, which may come one by one, begin a handshake. */
-  #beginsTls(chunk: Uint8Array): boolean {
-    if (this.#tlsBytes < 0) return false;
-    for (const byte of chunk) {
-      if (byte !== TLS_HANDSHAKE[this.#tlsBytes++]) {
-        this.#tlsBytes = -1;
-        return false;
-      }
-      if (this.#tlsBytes === TLS_HANDSHAKE.length) return true;
-    }
-    return false;
-  }
-
-  #sizeBuffer(count: number): void {
-    const size = this.#buffer.length;
-    const most = this.room.options.rate > 0
-      ? PACED_READ_BYTES
-      : LARGEST_READ_BYTES;
-    if (count === size) {
-      if (size < most) this.#buffer = new Uint8Array(Math.min(size * 8, most));
-    } else if (count <= SMALLEST_READ_BYTES) {
-      if (size > SMALLEST_READ_BYTES) this.#buffer = smallestBuffer();
-    } else if (size > RESTING_READ_BYTES) {
-      this.#buffer = new Uint8Array(RESTING_READ_BYTES);
-    }
+    this.pace.charge(1);
   }
 
   // -- talking
 
   /** Says the next lines: public ones together, or some others, one by one. */
   sayNext(): void {
-    if (this.#hasLine) this.lastLine = performance.now();
+    if (this.#input.hasLine) this.lastLine = this.room.turns.began;
     for (let others = 0; others < MOST_COMMANDS; others++) {
-      const mayTalk = this.#tokens >= 1 || this.room.options.rate === 0;
-      if (this.left || this.#asked || !this.#hasLine || !mayTalk) return;
-      if (this.reader.isBacklogged) return; // it takes the answers first
-      if (this.#isOtherProtocol() || this.#saySome()) return;
+      if (this.left || this.#question || !this.#input.hasLine) return;
+      if (this.pace.lines < 1 || this.reader.isBacklogged) return;
+      if (this.#isOtherProtocol() || this.#sayRun()) return;
     }
   }
 
   /** Says the next lines that can be appended together, or the next other one.
    * Tells whether something was appended. */
-  #saySome(): boolean {
-    const { room } = this, { rate, raw, askName } = room.options;
-    const lines = this.#lines, start = this.#nextLine, first = lines[start];
-    const commands = !raw && !askName;
-    if (first === TOO_LONG) {
-      this.#takeLine();
-      answerError(this, COMMAND_TOO_LONG);
+  #sayRun(): boolean {
+    const { room } = this, { raw, askName } = room.options;
+    const run = this.#input.peekRun(this.pace.lines, !raw && !askName);
+    if (run.kind === "message") {
+      this.pace.charge(run.count);
+      const bytes = run.end - run.start;
+      room.turns.count(this, bytes + run.count * LINE_COST);
+      room.say(this, this.#input.take(run));
+      return true;
+    }
+    const line = this.#takeLine();
+    if (run.kind === "too long") {
+      this.tellError(COMMAND_TOO_LONG);
       return false;
     }
-    if (commands && (first === SLASH || first === SPACE)) {
-      const said = runCommand(COMMANDS, this, this.#takeLine());
-      if (said !== null) room.say(this, said);
-      return said !== null;
-    }
-    const from = first === PIECE ? start + 1 : start;
-    const most = rate === 0 ? Infinity : Math.floor(this.#tokens);
-    const { end, count } = runEnd(lines, from, most, commands);
-    this.#nextLine = end;
-    this.charge(count);
-    room.turns.count(this, end - start + count * LINE_COST);
-    room.say(this, lines.subarray(from, end));
-    return true;
-  }
-
-  /** Takes `lines` lines' worth from what the client may send. */
-  charge(lines: number): void {
-    this.#tokens -= lines;
-    this.access.spend(this.#record, lines);
-  }
-
-  #peekLine(): string {
-    const end = this.#lines.indexOf(LF, this.#nextLine);
-    return decoder.decode(this.#lines.subarray(this.#nextLine, end));
+    const said = COMMANDS.run(this, line);
+    if (said !== null) room.say(this, said);
+    return said !== null;
   }
 
   #takeLine(): string {
-    const line = this.#peekLine();
-    this.#nextLine = this.#lines.indexOf(LF, this.#nextLine) + 1;
-    this.charge(1);
+    const line = this.#input.peekLine();
+    this.#input.skipLine();
+    this.pace.charge(1);
     this.room.turns.count(this, line.length + LINE_COST);
     return line;
   }
@@ -2264,31 +2377,15 @@ class Client extends Person implements Sink, TurnTaker {
   #isOtherProtocol(): boolean {
     if (this.#firstLineSeen) return false;
     this.#firstLineSeen = true;
-    const line = this.#peekLine();
-    const [isRequest, version = "HTTP/1.1"] = REQUEST.exec(line) ?? [];
-    if (isRequest) {
-      this.tell(this.#webAnswer(version));
-      this.leave("a web request");
-    } else if (SSH_BANNER.test(line)) {
-      this.tell(NOT_A_TERMINAL);
-      this.leave("an SSH client");
-    }
-    return this.left;
-  }
-
-  /** Sends a browser to the web page, if there is one. */
-  #webAnswer(version: string): string {
-    const { webPage } = this.room, text = NOT_A_TERMINAL;
-    const page = URL.parse(webPage);
-    const [, host] = /^host: *(\[[\da-f:.]+\]|[\w.-]+)/im.exec(
-      decoder.decode(this.#lines),
-    ) ?? [];
-    if (page !== null && host) page.hostname = host;
-    const status = page && /^HTTP/i.test(version)
-      ? `302 Found\r\nLocation: ${page}`
-      : "400 Bad Request";
-    return `${version} ${status}\r\nContent-Type: text/plain\r\n` +
-      `Content-Length: ${text.length}\r\nConnection: close\r\n\r\n${text}`;
+    const line = this.#input.peekLine();
+    const [isRequest, version] = REQUEST.exec(line) ?? [];
+    if (!isRequest && !SSH_BANNER.test(line)) return false;
+    const request = decoder.decode(this.#input.lines), { webPage } = this.room;
+    this.tell(
+      isRequest ? webAnswer(request, webPage, version) : NOT_A_TERMINAL,
+    );
+    this.leave(isRequest ? "a web request" : "an SSH client");
+    return true;
   }
 
   // -- receiving
@@ -2311,8 +2408,7 @@ class Client extends Person implements Sink, TurnTaker {
 
   /** Disconnects the client, and tells it why. */
   disconnect(why: string, reason: string): void {
-    const { raw } = this.room.options;
-    if (!raw) this.tell(`! ${why}\n`);
+    if (!this.room.options.raw) this.tellError(why);
     this.quit(reason);
   }
 
@@ -2331,20 +2427,30 @@ class Client extends Person implements Sink, TurnTaker {
       return;
     }
     this.left = true;
-    this.access.release(this.address);
+    this.access.release(this.pace.record);
     this.room.leave(this, reason);
     const ended = this.#inputEnded || !drain && reason !== TOO_SLOW;
     this.report(ended ? "Connection closed by" : "Disconnected", this, reason);
-    if (!drain) return this.#close();
-    this.#setDeadline(DRAIN_MILLISECONDS, () => this.#close());
+    clearTimeout(this.#deadline);
     this.#stopSleeping();
+    if (!drain) return this.#close();
     this.reader.end();
+    if (this.#closed) return; // a timer for each client that leaves takes 1.3 KB
+    this.#setDeadline(DRAIN_MILLISECONDS, () => this.#close());
   }
 
-  async drained(): Promise<void> {
-    if (!this.connection.closeWrite) return this.#close();
+  drained(): void {
+    const { closeWrite, handshake } = this.connection;
+    // The other side has ended, and the system sends what it was given: to close
+    // is enough, but not for what is still to be encrypted.
+    const isEnd = this.#inputEnded && !handshake;
+    if (isEnd || !closeWrite) return this.#close();
+    this.#endOutput();
+  }
+
+  async #endOutput(): Promise<void> {
     try {
-      await this.connection.closeWrite();
+      await this.connection.closeWrite!();
       this.#outputEnded = true;
       if (!this.#inputEnded && !this.room.closed) return;
     } catch { /* the client is gone */ }
@@ -2357,8 +2463,8 @@ class Client extends Person implements Sink, TurnTaker {
     this.#stopSleeping();
     clearTimeout(this.#deadline);
     this.reader.stop();
-    this.#buffer = this.#lines = NO_BYTES;
-    this.#splitter = this.ignored = null;
+    this.#input.buffer = this.#input.lines = NO_BYTES;
+    this.#input.splitter = this.ignored = null;
     tryClose(this.connection);
     this.room.forget(this.reader);
   }
@@ -2372,12 +2478,95 @@ class Client extends Person implements Sink, TurnTaker {
     clearTimeout(this.#deadline);
     this.#deadline = setTimeout(late, milliseconds);
   }
+
+  /** Disconnects the client if it has not entered the room by then. */
+  setAnswerDeadline(milliseconds: number, reason: string): void {
+    const why = "That took too long. Join again.";
+    this.#setDeadline(milliseconds, () => this.disconnect(why, reason));
+  }
 }
 
-/** A part of an allocation that several clients share, which saves 0.6 KB each. */
-function smallestBuffer(): Uint8Array {
-  const { buffer, byteOffset } = Buffer.allocUnsafe(SMALLEST_READ_BYTES);
-  return new Uint8Array(buffer, byteOffset, SMALLEST_READ_BYTES);
+// -- before a client is in the room
+
+/** Asks for the password until it is right, or the client has left. */
+async function askPassword(client: Client): Promise<void> {
+  const { access, room, pace: { record } } = client, reason = "no password";
+  client.setAnswerDeadline(ANSWER_MILLISECONDS, reason);
+  for (;;) {
+    if (access.isLocked(record)) {
+      const wait = "Too many wrong passwords from your address.";
+      return client.disconnect(`${wait} Try again in a minute.`, reason);
+    }
+    const question = "* This room has a password. What is it?\n";
+    const line = await client.ask(question, "password");
+    if (line === null) return;
+    // Others at its address may have tried meanwhile.
+    if (access.isLocked(record)) continue;
+    if (access.tryPassword(line, record)) return;
+    // In a raw room the question is the only line that is not a relayed one.
+    if (!room.options.raw) client.tellError("That is not the password.");
+  }
+}
+
+/** Asks for a name, as Protohackers' Budget Chat does, and lets the client in. */
+async function askName(client: Client): Promise<void> {
+  client.setAnswerDeadline(NAME_MILLISECONDS, "no name");
+  const question = "* Welcome to Parley. What is your name?\n";
+  const line = await client.ask(question, "name");
+  if (line === null) return;
+  const name = normalizeName(line);
+  const problem = client.room.nameProblem(name, client);
+  if (problem === null) return client.enter(name!);
+  client.disconnect(`${problem} Join again with another.`, "no name");
+}
+
+/** What a client is told as it enters. */
+function welcome(room: Room, name: string, hasHistory: boolean): string {
+  if (room.options.askName) {
+    const names = Array.from(room.people.values(), ({ name }) => name);
+    return `* The room contains: ${names.join(", ")}\n`;
+  }
+  return `* Welcome! You are ${name}. Type a message and press Enter. ` +
+    "/nick NAME sets your name, /help lists commands.\n" +
+    room.motd + room.hereNow + (hasHistory ? "* Earlier:\n" : "");
+}
+
+// -- clients of other protocols
+
+/** The first line of an HTTP, RTSP or SIP request (RFC 9112, section 3), or its
+ * first piece, if it is too long for one. */
+const REQUEST =
+  /^[a-z]+ \S+ ((?:HTTP|RTSP|SIP)\/\d\S*)|^(?:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) \S{4000,}$/i;
+
+/** The first line of an SSH client (RFC 4253, 4.2). */
+const SSH_BANNER = /^SSH-\d/;
+
+/** How a TLS handshake begins (RFC 8446, 5.1). */
+const TLS_HANDSHAKE = [0x16, 0x03];
+
+const NOT_A_TERMINAL =
+  "This is a Parley chat room. Join it from a terminal: nc HOST PORT\n";
+
+/**
+ * The answer to a request: a redirect to the web page, if there is one.
+ *
+ * @param request the lines of it that have come
+ * @param webPage the address of the page, under this machine's own name for itself
+ */
+function webAnswer(
+  request: string,
+  webPage: string,
+  version = "HTTP/1.1",
+): string {
+  const page = URL.parse(webPage);
+  const [, host] = /^host: *(\[[\da-f:.]+\]|[\w.-]+)/im.exec(request) ?? [];
+  if (page !== null && host) page.hostname = host;
+  const status = page && /^HTTP/i.test(version)
+    ? `302 Found\r\nLocation: ${page}`
+    : "400 Bad Request";
+  return `${version} ${status}\r\nContent-Type: text/plain\r\n` +
+    `Content-Length: ${NOT_A_TERMINAL.length}\r\nConnection: close\r\n\r\n` +
+    NOT_A_TERMINAL;
 }
 
 // ---------------------------------------------------------------------------
@@ -2388,134 +2577,294 @@ function smallestBuffer(): Uint8Array {
 /** A command: a slash, letters, then white space or the end of the line. */
 const COMMAND_LINE = /^\/(\p{L}+|\?)(?:\s|$)/u;
 
-/** Whether the first piece of a line that is too long begins a command: a slash that
- * is all of it may. */
+/** The longest name of a command that is looked at. */
+const COMMAND_UNITS = 24;
+
+/** What commands are called in other chats, for those who type that. */
+const NAMES_ELSEWHERE = new Map([
+  ["leave", "quit"],
+  ["logout", "quit"],
+  ["part", "quit"],
+  ["disconnect", "quit"],
+  ["q", "quit"],
+  ["users", "who"],
+  ["online", "who"],
+  ["rename", "nick"],
+  ["block", "ignore"],
+  ["mute", "ignore"],
+  ["dm", "msg"],
+  ["query", "msg"],
+  ["afk", "away"],
+  ["commands", "help"],
+]);
+
+/** How many people one person can ignore. */
+const MOST_IGNORED = 1_000;
+
+/** The longest reason for leaving or being away, in UTF-16 units. */
+const REASON_UNITS = 200;
+
+/** How the reasons that the server itself gives begin, without what is between
+ * their letters. A typed reason that begins like one is quoted. */
+const SERVER_REASON =
+  /^(tooslow|kicked|banned|tls|awebrequest|anssh|no(name|password|tls))/i;
+
+const COMMAND_TOO_LONG =
+  `Nothing was sent: a command can have ${LINE_BYTES} bytes at most.`;
+
+type Command<Actor> = [
+  /** Its name, and then others that mean the same. */
+  names: string,
+  /** What is typed after the name: required, unless it is in brackets. */
+  args: string,
+  help: string,
+  run: (actor: Actor, text: string) => void,
+];
+
+/** Whether the first piece of a line that is too long begins a command. A slash
+ * alone may: the rest of the command is in the next piece. */
 function beginsCommand(start: string): boolean {
   const text = start.trimStart();
   return text === "/" || COMMAND_LINE.test(text);
 }
 
-const COMMAND_TOO_LONG =
-  `Nothing was sent: a command can have ${LINE_BYTES} bytes at most.`;
+/** A table of commands. */
+class Commands<Actor extends Person> {
+  readonly #byName = new Map<string, Command<Actor>>();
+  #overview: Uint8Array | null = null;
 
-interface Command<Actor extends Person> {
-  /** Its name, and then others that mean the same. */
-  names: string[];
-  /** What is typed after the name: required, unless it is in brackets. */
-  args: string;
-  help: string;
-  run(actor: Actor, text: string): void;
-}
-
-function command<Actor extends Person>(
-  names: string,
-  args: string,
-  help: string,
-  run: (actor: Actor, text: string) => void,
-): Command<Actor> {
-  return { names: names.split(" "), args, help, run };
-}
-
-/**
- * Runs the command of a line, which may have spaces before it: a private message
- * must not become public by them. An unknown command after spaces is a message.
- *
- * @returns the line to say, with its end, if it is no command
- */
-function runCommand<Actor extends Person>(
-  commands: Command<Actor>[],
-  actor: Actor,
-  typedLine: string,
-): Uint8Array | null {
-  const line = typedLine.trimStart(), isIndented = line !== typedLine;
-  const [, name] = COMMAND_LINE.exec(line) ?? [];
-  const isKnown = name && findCommand(commands, name.toLowerCase());
-  if (name === undefined || (isIndented && !isKnown)) {
-    const quoted = line.startsWith("//") && COMMAND_LINE.test(line.slice(1));
-    const said = quoted && !isIndented ? line.slice(1) : typedLine;
-    return encoder.encode(said + "\n");
+  /** @param unsafe a command that is not suggested for others */
+  constructor(readonly list: Command<Actor>[], readonly unsafe = "") {
+    for (const command of list) {
+      for (const name of command[0].split(" ")) this.#byName.set(name, command);
+    }
   }
-  const typed = name.slice(0, 24).toLowerCase();
-  const command = findCommand(commands, typed);
-  const rest = line.slice(name.length + 2);
-  const text = BLANK.test(rest) ? "" : rest.trim();
-  if (command === undefined) {
-    answerError(
-      actor,
-      `Unknown command /${typed}. Did you mean ${nearest(commands, typed)}? ` +
-        `/help lists commands, //${typed} sends it as a message.`,
+
+  /**
+   * Runs the command of a line. It may have spaces before it, or a space would make
+   * a private message public; an unknown command after spaces is a message.
+   *
+   * @returns the line to say, with its end, if it is no command
+   */
+  run(actor: Actor, typed: string): Uint8Array | null {
+    const line = typed.trimStart(), isIndented = line !== typed;
+    const [start, word] = COMMAND_LINE.exec(line) ?? [];
+    const name = word?.slice(0, COMMAND_UNITS).toLowerCase() ?? "";
+    const command = this.#byName.get(name);
+    if (start === undefined || (isIndented && !command)) {
+      const isQuoted = typed.startsWith("//") &&
+        COMMAND_LINE.test(typed.slice(1));
+      return encoder.encode((isQuoted ? typed.slice(1) : typed) + "\n");
+    }
+    const rest = line.slice(start.length);
+    const text = BLANK.test(rest) ? "" : rest.trim();
+    if (command === undefined) {
+      const nearest = this.#nearest(name);
+      const hint = nearest && ` Did you mean /${nearest}?`;
+      const help = `/help lists commands, //${name} sends it as a message.`;
+      actor.tellError(`Unknown command /${name}.${hint} ${help}`);
+      return null;
+    }
+    const [, args, help, run] = command;
+    const lacksText = text === "" && /^\w/.test(args);
+    if (lacksText) actor.tellError(`Type ${usage(command)} (${help}).`);
+    else run(actor, text);
+    return null;
+  }
+
+  /** The command that a word may mean: one of the same letters, what it is called
+   * elsewhere, or the closest, unless that is quite another word; empty then. */
+  #nearest(word: string): string {
+    const names = this.list.map(([names]) => names.split(" ")[0])
+      .filter((name) => name !== this.unsafe);
+    const letters = (word: string) => [...word].sort().join("");
+    const same = names.find((name) => letters(name) === letters(word));
+    const elsewhere = NAMES_ELSEWHERE.get(word) ?? "";
+    if (same || names.includes(elsewhere)) return same ?? elsewhere;
+    const closest = closestString(word, names);
+    const most = word.length < 5 ? 1 : 2;
+    return levenshteinDistance(word, closest) <= most ? closest : "";
+  }
+
+  /** Tells what all commands do, or the one that is named in `text`. */
+  help(actor: Actor, text: string): void {
+    if (!text) return actor.tell(this.#overview ??= this.#allHelp());
+    const name = text.slice(0, COMMAND_UNITS).replace(/^\//, "").toLowerCase();
+    const command = this.#byName.get(name);
+    if (!command) {
+      const what = `There is no command /${name}.`;
+      return actor.tellError(`${what} /help lists commands.`);
+    }
+    const others = command[0].split(" ").slice(1).map((name) => `/${name}`);
+    const also = others.length > 0 ? ` (also ${others.join(", ")})` : "";
+    actor.tell(`* ${usage(command)}: ${command[2]}${also}\n`);
+  }
+
+  #allHelp(): Uint8Array {
+    const rows = [
+      ["TEXT", "sends a message to everyone"],
+      ...this.list.map((command) => [usage(command), command[2]]),
+      ["//COMMAND", "sends a message that begins with /COMMAND"],
+    ];
+    const width = Math.max(...rows.map(([typed]) => typed.length)) + 2;
+    const lines = rows.map(([typed, help]) =>
+      `* ${typed.padEnd(width)}${help}\n`
     );
-  } else if (text === "" && /^\w/.test(command.args)) {
-    answerUsage(actor, command);
-  } else command.run(actor, text);
-  return null;
+    return encoder.encode(lines.join(""));
+  }
 }
 
-function findCommand<Actor extends Person>(
-  commands: Command<Actor>[],
-  typed: string,
-): Command<Actor> | undefined {
-  return commands.find(({ names }) => names.includes(typed));
+/** How a command is typed. */
+function usage([names, args]: Command<never>): string {
+  return `/${names.split(" ")[0]} ${args}`.trimEnd();
 }
 
-/** The command that is most like a word: of the same letters, or the closest. */
-function nearest(commands: Command<never>[], typed: string): string {
-  const known = commands.map(({ names }) => names[0]);
-  const letters = (word: string) => [...word].sort().join("");
-  const same = known.find((name) =>
-    name.length === typed.length && letters(name) === letters(typed)
-  );
-  return `/${same ?? closestString(typed, known)}`;
+// deno-fmt-ignore: a command a line
+/** The commands that the operator has too. */
+const SHARED_COMMANDS: Command<Person>[] = [
+  ["me", "ACTION", "shows what you do: /me waves", sayAction],
+  ["msg tell whisper w pm", "NAME TEXT", "sends a private message", sendPrivateMessage],
+  ["reply r", "TEXT", "answers your last private message", reply],
+];
+
+// deno-fmt-ignore: a command a line
+const COMMANDS = new Commands<Client>([
+  ["help h ?", "[COMMAND]", "lists the commands, or explains one", help],
+  ["nick name", "NAME", "changes your name", changeName],
+  ["who names list", "[NAME]", "lists who is here, or tells about one person", tellWho],
+  ...SHARED_COMMANDS,
+  ["ignore", "[NAME]", "hides NAME's messages, again to undo; alone: lists them", ignore],
+  ["quiet", "[on|off]", "hides who joins, leaves or changes names", toggleNotices],
+  ["bell", "[on|off]", "rings when you are named or get a private message", toggleBell],
+  ["away", "[REASON]", "tells others that you are away", goAway],
+  ["back", "", "tells others that you are back", comeBack],
+  ["quit exit bye", "[REASON]", "leaves the room", (client, text) => client.quit(typedReason(text))],
+]);
+
+function sayAction(person: Person, text: string): void {
+  person.room.say(person, encoder.encode(text + "\n"), { action: true });
 }
 
-function usage({ names, args }: Command<never>): string {
-  return args ? `/${names[0]} ${args}` : `/${names[0]}`;
+function sendPrivateMessage(person: Person, typed: string): void {
+  const [name, text] = firstWord(typed);
+  if (BLANK.test(text)) {
+    return person.tellError("Type /msg NAME TEXT (the text is missing).");
+  }
+  const to = findPerson(person, name);
+  if (to) person.room.sayPrivately(person, to, text);
 }
 
-/** Tells a person what was wrong with a command, and what to do. */
-function answerError(person: Person, text: string): void {
-  person.tell(`! ${text}\n`);
+function reply(person: Person, text: string): void {
+  const { room, replyTo } = person;
+  if (replyTo === null) {
+    const what = "You have no private message to answer.";
+    person.tellError(`${what} /msg NAME TEXT sends one.`);
+  } else if (room.find(replyTo.name) !== replyTo) {
+    person.tellError(`${replyTo.name} has left the room.`);
+  } else room.sayPrivately(person, replyTo, text);
 }
 
-function answerUsage(person: Person, command: Command<never>): void {
-  answerError(person, `Type ${usage(command)} (${command.help}).`);
+function help(client: Client, text: string): void {
+  client.pace.charge(0.5); // the answer is long
+  COMMANDS.help(client, text);
 }
 
-/** What /help answers, made once for each table. */
-const helpLines = new WeakMap<object, Uint8Array>();
+function changeName(client: Client, text: string): void {
+  const { room } = client, name = normalizeName(text);
+  const problem = room.nameProblem(name, client);
+  if (problem) client.tellError(`${problem} Try another: /nick NAME`);
+  else if (name !== client.name) room.rename(client, name!);
+  else client.tellError(`You are ${name} already.`);
+}
 
-/** Tells what all commands do, or the one that is named in `text`. */
-function help<Actor extends Person>(
-  commands: Command<Actor>[],
-  actor: Actor,
+function tellWho(client: Client, text: string): void {
+  if (!text) {
+    const { everyone } = client.room;
+    client.pace.charge(everyone.length / LINE_BYTES);
+    // How long this is does not depend on the client: it gets no other answer
+    // before it has taken this one, but is not too slow for it.
+    const cost = Math.min(everyone.length, BACKLOG_BYTES + 1);
+    client.reader.insert(everyone, cost);
+    return client.reader.flush();
+  }
+  const person = findPerson(client, text);
+  if (!person) return;
+  const times = person instanceof Client
+    ? ` has been here for ${timeSince(person.connected)}, ` +
+      `idle for ${timeSince(person.lastLine)}`
+    : " is here";
+  client.tell(`* ${person.name}${times}.\n`);
+  if (person.away !== null) client.tell(awayText(person));
+}
+
+function ignore(client: Client, text: string): void {
+  if (!text) {
+    const names = Array.from(client.ignored ?? [], ({ name }) => name);
+    return client.tell(`* You ignore ${names.join(", ") || "nobody"}.\n`);
+  }
+  const person = findPerson(client, text);
+  if (!person) return;
+  const { name } = person;
+  if (person === client) client.tellError("You cannot ignore yourself.");
+  else if (client.stopIgnoring(person)) {
+    client.tell(`* You receive messages from ${name} again.\n`);
+  } else if (client.ignored?.size === MOST_IGNORED) {
+    client.tellError(`You already ignore ${MOST_IGNORED} people.`);
+  } else {
+    client.ignore(person);
+    const what = `You no longer receive messages from ${name}.`;
+    client.tell(`* ${what} /ignore ${name} undoes this.\n`);
+  }
+}
+
+function toggleNotices(client: Client, text: string): void {
+  const what = "Join, leave and rename notices are";
+  toggle(client, text, {
+    name: "quiet",
+    people: client.room.quiet,
+    on: `${what} hidden.`,
+    off: `${what} shown.`,
+  });
+}
+
+function toggleBell(client: Client, text: string): void {
+  toggle(client, text, {
+    name: "bell",
+    people: client.room.bells,
+    on: "Your terminal rings when you are named or get a private message.",
+    off: "Your terminal no longer rings.",
+  });
+}
+
+/** Switches a setting by "on", "off", or nothing for the other one. */
+function toggle(
+  person: Person,
   text: string,
+  setting: { name: string; people: Set<Person>; on: string; off: string },
 ): void {
-  const typed = text.slice(0, 24).replace(/^\//, "").toLowerCase();
-  const found = findCommand(commands, typed);
-  if (found) {
-    const others = found.names.slice(1).map((name) => `/${name}`).join(", ");
-    const also = others && ` (also ${others})`;
-    return actor.tell(`* ${usage(found)}: ${found.help}${also}\n`);
+  const { name, people, on, off } = setting;
+  if (!/^(on|off)?$/i.test(text)) {
+    return person.tellError(`Type /${name} on or /${name} off.`);
   }
-  if (typed) {
-    return answerError(
-      actor,
-      `There is no command /${typed}. /help lists commands.`,
-    );
+  if (text ? /on/i.test(text) : !people.has(person)) {
+    people.add(person);
+    person.tell(`* ${on} /${name} off undoes this.\n`);
+  } else {
+    people.delete(person);
+    person.tell(`* ${off}\n`);
   }
-  const known = helpLines.get(commands);
-  if (known) return actor.tell(known);
-  const rows = [
-    ["TEXT", "sends a message to everyone"],
-    ...commands.map((command) => [usage(command), command.help]),
-    ["//COMMAND", "sends a message that begins with /COMMAND"],
-  ];
-  const width = Math.max(...rows.map(([typed]) => typed.length)) + 2;
-  const lines = rows.map(([typed, help]) =>
-    `* ${typed.padEnd(width)}${help}\n`
-  );
-  helpLines.set(commands, encoder.encode(lines.join("")));
-  help(commands, actor, "");
+}
+
+function goAway(client: Client, text: string): void {
+  const reason = typedReason(text);
+  client.room.setAway(client, reason);
+  client.tell(`* You are away${reason && `: ${reason}`}. /back ends this.\n`);
+}
+
+function comeBack(client: Client): void {
+  if (client.away === null) return client.tellError("You are not away.");
+  client.room.setAway(client, null);
+  client.tell("* You are back.\n");
 }
 
 /** The first word of a command's text, and the rest of it. */
@@ -2527,42 +2876,14 @@ function firstWord(text: string): [word: string, rest: string] {
 /** The person of that name; if there is none, `asker` is told so. */
 function findPerson(asker: Person, name: string): Person | undefined {
   const person = asker.room.find(name);
-  if (person === undefined) {
-    const shown = name.slice(0, 24).toWellFormed();
-    answerError(
-      asker,
-      `Nobody here is called ${shown}. /who lists who is here.`,
-    );
-  }
-  return person;
+  if (person !== undefined) return person;
+  const shown = name.slice(0, 24).toWellFormed();
+  const elsewhere = asker.room.findElsewhere(name);
+  const hint = elsewhere && ` Did you mean ${elsewhere.name}?`;
+  asker.tellError(
+    `Nobody here is called ${shown}.${hint ?? ""} /who lists who is here.`,
+  );
 }
-
-/** Switches a setting by "on", "off", or nothing for the other one. */
-function toggle(
-  person: Person,
-  text: string,
-  setting: { name: string; people: Set<Person>; on: string; off: string },
-): void {
-  const { name, people, on, off } = setting;
-  if (!/^(on|off)?$/i.test(text)) {
-    return answerError(person, `Type /${name} on or /${name} off.`);
-  }
-  if (text ? /on/i.test(text) : !people.has(person)) {
-    people.add(person);
-    person.tell(`* ${on} /${name} off undoes this.\n`);
-  } else {
-    people.delete(person);
-    person.tell(`* ${off}\n`);
-  }
-}
-
-/** How the reasons that the server gives begin, whatever is before and between
- * their letters: such a one is quoted if it was typed. */
-const SERVER_REASON =
-  /^(tooslow|kicked|banned|tls|awebrequest|anssh|no(name|password|tls))/i;
-
-/** The longest reason for leaving or being away, in UTF-16 units. */
-const REASON_UNITS = 200;
 
 /** A typed reason, which must not pass for one that the server gives. */
 function typedReason(text: string): string {
@@ -2576,163 +2897,6 @@ function timeSince(moment: number): string {
   const minutes = Math.floor((performance.now() - moment) / 60_000);
   return minutes === 1 ? "1 minute" : `${minutes} minutes`;
 }
-
-/** How many people one person can ignore. */
-const MOST_IGNORED = 1_000;
-
-/** The commands that the operator has too. */
-const SHARED_COMMANDS: Command<Person>[] = [
-  command("me", "ACTION", "shows what you do: /me waves", (person, text) => {
-    person.room.say(person, encoder.encode(text + "\n"), { action: true });
-  }),
-  command(
-    "msg tell whisper w pm",
-    "NAME TEXT",
-    "sends a private message",
-    (person, text) => {
-      const [name, message] = firstWord(text);
-      if (BLANK.test(message)) {
-        return answerError(
-          person,
-          "Type /msg NAME TEXT (the text is missing).",
-        );
-      }
-      const to = findPerson(person, name);
-      if (to) person.room.sayPrivately(person, to, message);
-    },
-  ),
-  command(
-    "reply r",
-    "TEXT",
-    "answers your last private message",
-    (person, text) => {
-      const { room, replyTo } = person;
-      if (replyTo === null) {
-        answerError(
-          person,
-          "You have no private message to answer. /msg NAME TEXT sends one.",
-        );
-      } else if (room.find(replyTo.name) !== replyTo) {
-        answerError(person, `${replyTo.name} has left the room.`);
-      } else room.sayPrivately(person, replyTo, text);
-    },
-  ),
-];
-
-const COMMANDS: Command<Client>[] = [
-  command(
-    "help h ?",
-    "[COMMAND]",
-    "lists the commands, or explains one",
-    (client, text) => {
-      client.charge(0.5); // the answer is long
-      help(COMMANDS, client, text);
-    },
-  ),
-  command("nick name", "NAME", "changes your name", (client, text) => {
-    const { room } = client, name = normalizeName(text);
-    const problem = room.nameProblem(name, client);
-    if (problem) answerError(client, `${problem} Try another: /nick NAME`);
-    else if (name !== client.name) room.rename(client, name!);
-    else answerError(client, `You are ${name} already.`);
-  }),
-  command(
-    "who names list",
-    "[NAME]",
-    "lists who is here, or tells about one person",
-    (client, text) => {
-      if (!text) {
-        const { everyone } = client.room;
-        client.charge(everyone.length / LINE_BYTES);
-        // Shared bytes, whose length is not up to this client: it gets no other
-        // answer before it has taken them, but is not too slow for them.
-        const cost = Math.min(everyone.length, BACKLOG_BYTES + 1);
-        client.reader.insert(everyone, cost);
-        return client.reader.flush();
-      }
-      const person = findPerson(client, text);
-      if (!person) return;
-      const times = person instanceof Client
-        ? ` has been here for ${timeSince(person.since)}, ` +
-          `idle for ${timeSince(person.lastLine)}`
-        : " is here";
-      client.tell(`* ${person.name}${times}.\n`);
-      if (person.away !== null) client.tell(awayText(person));
-    },
-  ),
-  ...SHARED_COMMANDS,
-  command(
-    "ignore",
-    "[NAME]",
-    "hides NAME's messages, again to undo; alone: lists them",
-    (client, text) => {
-      if (!text) {
-        const names = Array.from(client.ignored ?? [], ({ name }) => name);
-        return client.tell(`* You ignore ${names.join(", ") || "nobody"}.\n`);
-      }
-      const person = findPerson(client, text);
-      if (!person) return;
-      const { name } = person;
-      if (person === client) {
-        answerError(client, "You cannot ignore yourself.");
-      } else if (client.stopIgnoring(person)) {
-        client.tell(`* You receive messages from ${name} again.\n`);
-      } else if (client.ignored?.size === MOST_IGNORED) {
-        answerError(client, `You already ignore ${MOST_IGNORED} people.`);
-      } else {
-        client.ignore(person);
-        client.tell(
-          `* You no longer receive messages from ${name}. ` +
-            `/ignore ${name} undoes this.\n`,
-        );
-      }
-    },
-  ),
-  command(
-    "quiet",
-    "[on|off]",
-    "hides who joins, leaves or changes names",
-    (client, text) =>
-      toggle(client, text, {
-        name: "quiet",
-        people: client.room.quiet,
-        on: "Join, leave and rename notices are hidden.",
-        off: "Join, leave and rename notices are shown.",
-      }),
-  ),
-  command(
-    "bell",
-    "[on|off]",
-    "rings when you are named or get a private message",
-    (client, text) =>
-      toggle(client, text, {
-        name: "bell",
-        people: client.room.bells,
-        on: "Your terminal rings when you are named or get a private message.",
-        off: "Your terminal no longer rings.",
-      }),
-  ),
-  command(
-    "away",
-    "[REASON]",
-    "tells others that you are away",
-    (client, text) => {
-      const reason = typedReason(text);
-      client.room.setAway(client, reason);
-      client.tell(
-        `* You are away${reason && `: ${reason}`}. /back ends this.\n`,
-      );
-    },
-  ),
-  command("back", "", "tells others that you are back", (client) => {
-    if (client.away === null) return answerError(client, "You are not away.");
-    client.room.setAway(client, null);
-    client.tell("* You are back.\n");
-  }),
-  command("quit exit bye", "[REASON]", "leaves the room", (client, text) => {
-    client.quit(typedReason(text));
-  }),
-];
 
 // ---------------------------------------------------------------------------
 // Server: the listener, the clients that it admits, and the end.
@@ -2782,13 +2946,11 @@ export class ChatServer implements AsyncDisposable {
   readonly stopping: AbortSignal;
   /** Resolves when the server has stopped and every connection is closed. */
   readonly finished: Promise<void>;
-  readonly #options: Options;
   readonly #reports: Required<Reports>;
   readonly #prints: boolean;
   readonly #room: Room;
   readonly #access: Access;
   readonly #tls: Tls | null;
-  readonly #transcript: Transcript | null;
   readonly #listener: Deno.TcpListener;
   readonly #accepting: Promise<void>;
   readonly #stopping = new AbortController();
@@ -2800,7 +2962,6 @@ export class ChatServer implements AsyncDisposable {
 
   /** Use {@linkcode ChatServer.listen}. */
   private constructor(options: Options, reports: Reports) {
-    this.#options = options;
     this.#reports = {
       print: guarded(reports.print),
       warn: guarded(reports.warn),
@@ -2812,14 +2973,15 @@ export class ChatServer implements AsyncDisposable {
     this.#access = new Access(options);
     this.#tls = tlsCert ? new Tls(tlsCert, tlsKey) : null;
     if (motd) this.#room.motd = readMotd(motd);
-    this.#transcript = this.#room.transcript = log
-      ? new Transcript(log, this.#room, this.#reports.warn)
-      : null;
+    if (log) {
+      const transcript = new Transcript(log, this.#room, this.#reports.warn);
+      this.#room.transcript = transcript;
+    }
     try {
       const shared = options.reusePort ? { reusePort: true } : {};
       this.#listener = Deno.listen({ hostname: host, port, ...shared });
     } catch (error) {
-      this.#transcript?.close();
+      this.#room.transcript?.close();
       throw openError(`Cannot listen on ${formatAddress(host, port)}`, error, {
         flags: "--allow-net",
         denied: "choose a --port above 1023",
@@ -2885,8 +3047,8 @@ export class ChatServer implements AsyncDisposable {
   }
 
   /**
-   * Lets an operator speak as `host`, receive what everyone receives, and keep
-   * order by the commands that `/help` lists.
+   * Lets an operator speak as `host`, receive what everyone receives, and use the
+   * commands that `/help` lists, such as `/kick` and `/ban`.
    *
    * @param lines what the operator types; its end leaves the room running
    * @param print where lines for the operator go
@@ -2911,8 +3073,7 @@ export class ChatServer implements AsyncDisposable {
       this.stop();
     });
     room.readers.add(operator.reader);
-    // The reports tell of joining and leaving already, with the address.
-    if (this.#prints && !this.#options.quiet) room.quietOnJoins.add(operator);
+    this.#hideClients(operator);
     if (!room.find(HOST)) room.add(operator, HOST);
     const iterator = lines[Symbol.asyncIterator]();
     try {
@@ -2923,7 +3084,15 @@ export class ChatServer implements AsyncDisposable {
       }
     } finally {
       room.leave(operator, "", { silent: true });
+      this.#hideClients(operator); // the room is still shown there
     }
+  }
+
+  /** Hides from the operator which clients of this server join and leave, if the
+   * reports tell of them, with the address. */
+  #hideClients(operator: Operator): void {
+    const { quietOnClients, options } = this.#room;
+    if (this.#prints && !options.quiet) quietOnClients.add(operator);
   }
 
   /** The address of the web page of this room, to which a browser that asks the
@@ -2937,12 +3106,12 @@ export class ChatServer implements AsyncDisposable {
   }
 
   /**
-   * Opens the log file anew, after another program has renamed it (logrotate).
+   * Opens the log file again, after another program has renamed it (logrotate).
    *
    * @throws {OpenError} if that cannot be done; the old file stays in use
    */
   reopenLog(): void {
-    this.#transcript?.reopen();
+    this.#room.transcript?.reopen();
   }
 
   /**
@@ -2950,10 +3119,12 @@ export class ChatServer implements AsyncDisposable {
    * lines from elsewhere.
    *
    * @param events what the link is told of
+   * @param options `name`: what the others call this server, so that `bob@tokyo` is
+   * found as `bob` on the server tokyo
    * @returns how the link puts people and lines into the room
    */
-  attach(events: LinkEvents): Attachment {
-    return new Link(this.#room, events);
+  attach(events: LinkEvents, { name = "" } = {}): Attachment {
+    return attach(this.#room, events, name);
   }
 
   /** Stops the server at the end of an `await using` block. */
@@ -2969,14 +3140,11 @@ export class ChatServer implements AsyncDisposable {
     }
     this.#room.close();
     this.#listener.close();
-    const links = Array.from(
-      this.#room.links,
-      ({ events }) => events.stopping(),
-    );
+    const links = Array.from(this.#room.links, (link) => link.stopping());
     for (const { sink } of this.#room.readers) sink.leave("");
     await Promise.all([
       this.#room.emptied(),
-      this.#transcript?.close(),
+      this.#room.transcript?.close(),
       atMost(DRAIN_MILLISECONDS, Promise.allSettled(links)),
     ]);
     await this.#accepting; // only then is the port free
@@ -3045,10 +3213,10 @@ export class ChatServer implements AsyncDisposable {
   ): void {
     const address = plainAddress(remote.hostname);
     if (this.#room.closed) return tryClose(connection);
-    const { why, answer } = this.#access.take(address);
-    if (why) {
+    const refusal = this.#access.admit(address);
+    if (refusal !== null) {
+      const { why, answer } = refusal, { raw, askName } = this.#room.options;
       this.#reportRefusal(`${formatAddress(address, remote.port)} (${why})`);
-      const { raw, askName } = this.#options;
       const goodbye = raw || askName ? "" : GOODBYE;
       refuse(connection, answer && `! ${answer}\n${goodbye}`);
       return;
@@ -3066,21 +3234,22 @@ export class ChatServer implements AsyncDisposable {
     this.#report("New Connection from", client);
   }
 
-  readonly #report: Report = (what, { origin, name }, reason = "") => {
-    if (this.#options.quiet || this.#room.closed) return;
+  readonly #report: Report = (what, client, reason = "") => {
+    const { options, closed } = this.#room;
+    if (options.quiet || closed || !this.#prints) return;
+    const { origin, name } = client;
     const who = (name && `${name}, `) + (reason && `${reason}, `);
-    this.#print(`${what} ${origin} (${who}${this.#access.here} here)`);
+    this.#print(`${what} ${origin} (${who}${this.#access.clients} here)`);
   };
 
   #print(line: string): void {
-    const time = this.#options.timestamps ? this.#room.time() : "";
-    this.#reports.print(time + line);
+    this.#reports.print(this.#room.stamp() + line);
   }
 
   /** Prints who was refused, at most one a second, and how many there were. */
   #reportRefusal(what: string): void {
     const now = performance.now();
-    if (this.#options.quiet) return;
+    if (this.#room.options.quiet) return;
     if (now - this.#lastRefusalReport < REFUSAL_REPORT_MILLISECONDS) {
       this.#refusals++;
       return;
@@ -3126,76 +3295,60 @@ function guarded<Args extends unknown[], Result>(
 
 /** What a link is told of the people and lines of this server. */
 export interface LinkEvents {
-  /** Somebody says `lines` to everyone: whole lines with their ends, cleaned, and
+  /** A person says `lines` to everyone: whole lines with their ends, cleaned, and
    * without the name. In a raw room the name is empty.
    *
    * @param action whether it is a line of `/me` */
   said(name: string, lines: Uint8Array, action: boolean): void;
-  /** Somebody is here. */
+  /** A person has joined. */
   joined(name: string): void;
-  /** Somebody is no longer here. */
+  /** A person has left. */
   left(name: string, reason: string): void;
-  /** Somebody has another name. */
+  /** A person has another name. */
   renamed(from: string, to: string): void;
-  /** Somebody is away, for a reason that can be empty; `null`: is back. */
+  /** A person is away, for a reason that can be empty, or back (`null`). */
   away(name: string, reason: string | null): void;
-  /** Somebody sends a private message to a person whom the link has added. */
+  /** A person sends a private message to one whom the link has added. */
   toldPrivately(from: string, to: string, text: string): void;
   /** The server stops; it waits for the promise, a second at most. */
   stopping(): Promise<void>;
 }
 
-/** How a link puts people and lines from elsewhere into the room. Their names are
- * two names with `@` between them, such as `alice@tokyo`, which no local one is. */
-export interface Attachment {
-  /** The people of this server, with why they are away; `null`: they are not. */
-  people(): { name: string; away: string | null }[];
-  /** Adds a person, and tells the room if `announce`. Returns whether that could be
-   * done: not if the name is none, or is there already. */
-  add(
-    name: string,
-    options?: { announce?: boolean; away?: string | null },
-  ): boolean;
-  /** Removes a person that the link has added. */
-  remove(name: string, options?: { announce?: boolean; reason?: string }): void;
-  /** Gives a person that the link has added another name; tells whether it could. */
-  rename(from: string, to: string): boolean;
-  /** Marks a person that the link has added as away, or as back (`null`). */
-  setAway(name: string, reason: string | null): void;
-  /** Has a person that the link has added say lines to everyone here. They are
-   * cleaned, and bounded, like those of a client. In a raw room any name does. */
-  say(name: string, lines: Uint8Array, options?: { action?: boolean }): void;
-  /** Sends a private message to a person of this server; tells whether there is one
-   * of that name. */
-  tell(from: string, to: string, text: string): boolean;
-  /** Answers one person of this server what was wrong, in one line. */
-  answer(to: string, text: string): void;
-  /** Tells everyone something about the link, in one line. */
-  notice(text: string): void;
-  /** Removes its people without a notice, and is told nothing more. */
-  detach(): void;
-}
-
-/** Somebody who is connected to another server. */
+/** A person who is connected to another server. */
 class RemotePerson extends Person {
   readonly reader = null;
 
-  constructor(room: Room, readonly link: Link) {
+  constructor(room: Room, readonly events: LinkEvents) {
     super(room);
   }
 
   override receive(from: Person, text: string): boolean {
-    this.link.events.toldPrivately(from.name, this.name, text);
+    this.events.toldPrivately(from.name, this.name, text);
     return true;
   }
 }
 
-/** What a link adds to the room: people of other servers, and their lines. */
-class Link implements Attachment {
-  readonly events: LinkEvents;
+/** Makes an {@linkcode Attachment}, whose constructor is not public. */
+let attach: (room: Room, events: LinkEvents, name: string) => Attachment;
 
-  constructor(readonly room: Room, events: LinkEvents) {
-    this.events = {
+/** How a link puts people and lines from elsewhere into the room. Their names are
+ * two names with `@` between them, such as `alice@tokyo`, which no local one is. */
+export class Attachment {
+  readonly #room: Room;
+  readonly #name: string;
+  readonly #events: LinkEvents;
+  /** Those who may return, by {@linkcode nameKey}. */
+  readonly #absent = new Map<string, RemotePerson>();
+
+  static {
+    attach = (room, events, name) => new Attachment(room, events, name);
+  }
+
+  /** Use {@linkcode ChatServer.attach}. */
+  private constructor(room: Room, events: LinkEvents, name: string) {
+    this.#room = room;
+    this.#name = nameKey(name);
+    this.#events = {
       said: guarded(events.said.bind(events)),
       joined: guarded(events.joined.bind(events)),
       left: guarded(events.left.bind(events)),
@@ -3204,62 +3357,96 @@ class Link implements Attachment {
       toldPrivately: guarded(events.toldPrivately.bind(events)),
       stopping: async () => await events.stopping(),
     };
-    room.links.add(this);
+    room.links.add(this.#events);
+    room.ownNames.add(this.#name);
   }
 
+  /** The people of this server, with why they are away; `null`: they are not. */
   people(): { name: string; away: string | null }[] {
-    return [...this.room.people.values()]
+    return [...this.#room.people.values()]
       .filter((person) => !(person instanceof RemotePerson))
       .map(({ name, away }) => ({ name, away }));
   }
 
-  add(name: string, { announce = false, away = null as string | null } = {}) {
-    if (!isRemoteName(name) || this.room.find(name)) return false;
-    const person = new RemotePerson(this.room, this);
+  /** Adds a person, and tells the room if `announce`. Returns whether that could be
+   * done: not if the name cannot be used, or is there already. */
+  add(
+    name: string,
+    { announce = false, away = null as string | null } = {},
+  ): boolean {
+    if (!isRemoteName(name) || this.#room.find(name)) return false;
+    const person = this.#takeAbsent(name) ??
+      new RemotePerson(this.#room, this.#events);
     person.away = away === null ? null : shortText(away);
-    if (announce) this.room.enter(person, name);
-    else this.room.add(person, name);
+    if (announce) this.#room.enter(person, name);
+    else this.#room.add(person, name);
     return true;
   }
 
-  remove(name: string, { announce = false, reason = "" } = {}): void {
+  /**
+   * Removes a person that the link has added.
+   *
+   * @param options `announce`: whether the room is told, with the `reason`;
+   * `mayReturn`: whether the same person may be added again under this name, as after
+   * an outage. Until then, or until it is removed without this, it is remembered who
+   * ignores the person, and who answers it by `/reply`.
+   */
+  remove(
+    name: string,
+    { announce = false, reason = "", mayReturn = false } = {},
+  ): void {
+    this.#takeAbsent(name);
     const person = this.#find(name), silent = !announce;
-    if (person) this.room.leave(person, shortText(reason), { silent });
+    if (!person) return;
+    this.#room.leave(person, shortText(reason), { silent, mayReturn });
+    if (mayReturn) this.#absent.set(nameKey(name), person);
   }
 
+  /** The person of that name who may return, who is no longer remembered then. */
+  #takeAbsent(name: string): RemotePerson | undefined {
+    const key = nameKey(name), person = this.#absent.get(key);
+    this.#absent.delete(key);
+    return person;
+  }
+
+  /** Gives a person that the link has added another name; tells whether it could. */
   rename(from: string, to: string): boolean {
-    const person = this.#find(from), other = this.room.find(to);
+    const person = this.#find(from), other = this.#room.find(to);
     if (!person || !isRemoteName(to) || (other && other !== person)) {
       return false;
     }
-    this.room.rename(person, to);
+    this.#room.rename(person, to);
     return true;
   }
 
+  /** Marks a person that the link has added as away, or as back (`null`). */
   setAway(name: string, reason: string | null): void {
-    const person = this.#find(name);
-    if (!person) return;
-    this.room.setAway(person, reason === null ? null : shortText(reason));
+    const person = this.#find(name), away = reason && shortText(reason);
+    if (person) this.#room.setAway(person, away);
   }
 
+  /** Has a person that the link has added say lines to everyone here. They are
+   * cleaned, and bounded, like those of a client. In a raw room any name does. */
   say(name: string, lines: Uint8Array, { action = false } = {}): void {
-    const { raw } = this.room.options;
-    const person = raw ? new RemotePerson(this.room, this) : this.#find(name);
+    const room = this.#room, { raw } = room.options;
+    const person = raw
+      ? new RemotePerson(room, this.#events)
+      : this.#find(name);
     if (!person) return;
     const splitter = new LineSplitter(raw, () => false);
-    const parts = [splitter.push(lines), splitter.end()];
-    for (const part of parts) {
-      for (let start = 0; start < part.length;) {
-        if (part[start] === PIECE) start++;
-        const { end } = runEnd(part, start, Infinity);
-        this.room.say(person, part.subarray(start, end), { action });
-        start = end;
+    for (const part of [splitter.push(lines), splitter.end()]) {
+      for (let next = 0; next < part.length;) {
+        const { start, end } = nextRun(part, next, Infinity, false);
+        room.say(person, part.subarray(start, end), { action });
+        next = end;
       }
     }
   }
 
+  /** Sends a private message to a person of this server; tells whether there is one
+   * of that name. */
   tell(from: string, to: string, text: string): boolean {
-    const person = this.#find(from), recipient = this.room.find(to);
+    const person = this.#find(from), recipient = this.#room.find(to);
     if (!person || !recipient || recipient instanceof RemotePerson) {
       return false;
     }
@@ -3267,29 +3454,32 @@ class Link implements Attachment {
     return line === "" || recipient.receive(person, line);
   }
 
+  /** Answers one person of this server what was wrong, in one line. */
   answer(to: string, text: string): void {
-    const person = this.room.find(to);
-    if (person) answerError(person, shortText(text));
+    this.#room.find(to)?.tellError(shortText(text));
   }
 
+  /** Tells everyone something about the link, in one line. */
   notice(text: string): void {
-    this.room.notice(shortText(text));
+    this.#room.notice(shortText(text));
   }
 
+  /** Removes its people without a notice, and is told nothing more. */
   detach(): void {
-    this.room.links.delete(this);
-    for (const person of this.room.people.values()) {
-      if (person instanceof RemotePerson && person.link === this) {
-        this.room.leave(person, "", { silent: true });
-      }
+    this.#room.links.delete(this.#events);
+    this.#room.ownNames.delete(this.#name);
+    for (const person of this.#room.people.values()) {
+      if (this.#isOwn(person)) this.#room.leave(person, "", { silent: true });
     }
   }
 
   #find(name: string): RemotePerson | undefined {
-    const person = this.room.people.get(nameKey(name));
-    return person instanceof RemotePerson && person.link === this
-      ? person
-      : undefined;
+    const person = this.#room.people.get(nameKey(name));
+    return person && this.#isOwn(person) ? person : undefined;
+  }
+
+  #isOwn(person: Person): person is RemotePerson {
+    return person instanceof RemotePerson && person.events === this.#events;
   }
 }
 
@@ -3314,15 +3504,16 @@ function shortText(text: string): string {
  * count. */
 const PASSWORD_TRIES = 3, PASSWORD_MILLISECONDS = 60_000;
 
-/** How many addresses are remembered before those with nothing to remember are
- * looked for. */
+/** How many addresses are remembered before those of which nothing has to be
+ * remembered are looked for. */
 const MOST_ADDRESSES = 1_000;
 
 /** What is remembered of an address. */
 interface AddressRecord {
-  /** How many clients are connected. */
-  here: number;
-  /** How many lines clients that left had sent beyond the rate, as of when. */
+  /** How many of its clients are connected. */
+  clients: number;
+  /** How many lines they and earlier ones have sent beyond the rate, and when that
+   * was counted. */
   debt: number;
   debtTime: number;
   wrongPasswords: number;
@@ -3332,18 +3523,27 @@ interface AddressRecord {
 /** A network that the operator has banned. */
 interface Ban {
   network: Network;
-  /** Who was banned, if it was a person. */
+  /** Who was banned; empty if it was a network. */
   name: string;
   reason: string;
   time: Date;
 }
 
-/** Who is admitted: address rules, bans, places, debts of addresses, the password. */
+/** Why a client is not admitted. */
+interface Refusal {
+  /** For the operator. */
+  why: string;
+  /** For the client; empty if its network is not admitted at all. */
+  answer: string;
+}
+
+/** Who is admitted: address rules, bans, numbers of clients, lines that each address
+ * has sent, and the password. */
 class Access {
-  #bans: Ban[] = [];
+  bans: Ban[] = [];
   #isBanned = networkTest([]);
   /** How many clients are connected. */
-  here = 0;
+  clients = 0;
   readonly #addresses = new Map<string, AddressRecord>();
   #lastForgotten = -Infinity;
   readonly #isAllowed: ((address: string) => boolean) | null;
@@ -3360,122 +3560,140 @@ class Access {
       : null;
   }
 
-  get bans(): Ban[] {
-    return this.#bans;
-  }
-
-  set bans(bans: Ban[]) {
-    this.#bans = bans;
-    this.#isBanned = networkTest(bans.map(({ network }) => network));
-  }
-
-  /**
-   * Counts a client, if it is admitted.
-   *
-   * @returns otherwise why not, for the operator, and an answer for the client; a
-   * client from a network that is not admitted gets none
-   */
-  take(address: string): { why: string; answer: string } {
+  /** Counts a client, unless it is refused. */
+  admit(address: string): Refusal | null {
     const { maxClients, maxPerAddress } = this.options;
     if (this.#isAllowed?.(address) === false) {
       return { why: "not in --allow", answer: "" };
     }
     if (this.#isBanned(address)) return { why: "banned", answer: "" };
-    if (this.here >= maxClients) {
+    if (this.clients >= maxClients) {
       const answer = "The room is full. Try again later.";
       return { why: "the room is full", answer };
     }
     const record = this.record(address);
-    if (maxPerAddress > 0 && record.here >= maxPerAddress) {
+    if (maxPerAddress > 0 && record.clients >= maxPerAddress) {
       const answer = "There are too many connections from your address.";
       return { why: "--max-per-address", answer };
     }
-    this.here++;
-    record.here++;
-    return { why: "", answer: "" };
+    this.clients++;
+    record.clients++;
+    return null;
   }
 
   /** A client that was counted has left. */
-  release(address: string): void {
-    this.record(address).here--;
-    this.here--;
+  release(record: AddressRecord): void {
+    record.clients--;
+    this.clients--;
   }
 
-  /** Counts lines against an address: now, and not when the client leaves, as the end
-   * of a client that is not read is seen late. */
-  spend(record: AddressRecord, lines: number): void {
+  // -- bans
+
+  ban(ban: Omit<Ban, "time">): void {
+    this.unban(({ network }) => network.text === ban.network.text);
+    this.#setBans([...this.bans, { ...ban, time: new Date() }]);
+  }
+
+  /** Lifts those bans that `isMeant` accepts, and returns them. */
+  unban(isMeant: (ban: Ban) => boolean): Ban[] {
+    const lifted = this.bans.filter(isMeant);
+    this.#setBans(this.bans.filter((ban) => !lifted.includes(ban)));
+    return lifted;
+  }
+
+  #setBans(bans: Ban[]): void {
+    this.bans = bans;
+    this.#isBanned = networkTest(bans.map(({ network }) => network));
+  }
+
+  // -- lines
+
+  /** Counts lines against an address when they are sent. When a client leaves would
+   * be too late: the end of a client that is paced is seen only after its lines. */
+  charge(record: AddressRecord, lines: number): void {
     if (this.options.rate === 0) return;
-    record.debt = this.#owed(record) + lines;
+    record.debt = this.#debt(record) + lines;
     record.debtTime = performance.now();
   }
 
-  /** How many lines a new client has spent already, because others from its address
-   * have sent them: at most all that it may send at once. */
-  debt(address: string): number {
-    const burst = this.options.rate * BURST_SECONDS;
-    return Math.min(this.#owed(this.record(address)), burst);
+  /** How many lines a new client may send at once: what clients of its address have
+   * sent before counts. */
+  burst(record: AddressRecord): number {
+    return Math.max(0, this.options.rate * BURST_SECONDS - this.#debt(record));
   }
 
-  /** What an address has spent and its clients have not earned since. */
-  #owed({ debt, debtTime, here }: AddressRecord): number {
-    const rate = this.options.rate * Math.max(1, here);
+  /** How many lines an address has sent beyond the rate of its clients. */
+  #debt({ debt, debtTime, clients }: AddressRecord): number {
+    const rate = this.options.rate * Math.max(1, clients);
     return Math.max(0, debt - (performance.now() - debtTime) * rate / 1_000);
   }
+
+  // -- the password
 
   get asksPassword(): boolean {
     return this.#isPassword !== null;
   }
 
   /** Whether too many wrong passwords came from an address. */
-  isLocked(address: string): boolean {
-    const record = this.record(address);
+  isLocked(record: AddressRecord): boolean {
     if (performance.now() - record.lastWrong > PASSWORD_MILLISECONDS) {
       record.wrongPasswords = 0;
     }
     return record.wrongPasswords >= PASSWORD_TRIES;
   }
 
-  isPassword(text: string, address: string): boolean {
-    const record = this.record(address);
-    const right = this.#isPassword?.(text) ?? true;
-    record.wrongPasswords = right ? 0 : record.wrongPasswords + 1;
-    if (!right) record.lastWrong = performance.now();
-    return right;
+  /** Whether a text is the password; counts the wrong ones. */
+  tryPassword(text: string, record: AddressRecord): boolean {
+    const isRight = this.#isPassword?.(text) ?? true;
+    record.wrongPasswords = isRight ? 0 : record.wrongPasswords + 1;
+    if (!isRight) record.lastWrong = performance.now();
+    return isRight;
   }
+
+  // -- records
 
   /** What is remembered of an address. */
   record(address: string): AddressRecord {
-    const key = addressKey(address);
-    let record = this.#addresses.get(key);
-    if (record === undefined) {
-      if (this.#addresses.size >= MOST_ADDRESSES) this.#forgetAddresses();
-      record = {
-        here: 0,
-        debt: 0,
-        debtTime: 0,
-        wrongPasswords: 0,
-        lastWrong: -Infinity,
-      };
-      this.#addresses.set(key, record);
-    }
+    const key = addressKey(address), known = this.#addresses.get(key);
+    if (known !== undefined) return known;
+    if (this.#addresses.size >= MOST_ADDRESSES) this.#forgetAddresses();
+    const record = {
+      clients: 0,
+      debt: 0,
+      debtTime: 0,
+      wrongPasswords: 0,
+      lastWrong: -Infinity,
+    };
+    this.#addresses.set(key, record);
     return record;
   }
 
-  /** Forgets addresses of which there is nothing to remember, at most once a
+  /** Forgets addresses of which nothing has to be remembered, at most once a
    * second. */
   #forgetAddresses(): void {
     const now = performance.now();
     if (now - this.#lastForgotten < 1_000) return;
     this.#lastForgotten = now;
     for (const [key, record] of this.#addresses) {
-      const { here, lastWrong } = record, owes = this.#owed(record) > 0;
-      const tried = now - lastWrong < PASSWORD_MILLISECONDS;
-      if (here === 0 && !owes && !tried) this.#addresses.delete(key);
+      const isQuiet = record.clients === 0 && this.#debt(record) === 0;
+      const tried = now - record.lastWrong < PASSWORD_MILLISECONDS;
+      if (isQuiet && !tried) this.#addresses.delete(key);
     }
   }
 }
 
-/** Tests a password, in the same time whatever of it is right. */
+function readPassword(path: string): string {
+  const [password] = readFile(path).replace(/^\ufeff/, "").split(/\r?\n/);
+  // What a client types is cleaned, and refused if it is too long.
+  const isShort = encoder.encode(password).length <= LINE_BYTES;
+  if (password && isShort && cleanLine(password) === password) return password;
+  throw new OpenError(
+    `Cannot use ${path}: its first line has to be the password, ` +
+      `at most ${LINE_BYTES} bytes of UTF-8`,
+  );
+}
+
+/** Tests a password, in the same time however much of it is right. */
 function passwordTest(password: string): (text: string) => boolean {
   // Loaded only when needed: at start-up it takes 35 ms and 9 MB.
   const { createHash, timingSafeEqual } = process.getBuiltinModule(
@@ -3493,58 +3711,54 @@ function passwordTest(password: string): (text: string) => boolean {
 interface Network {
   /** Its family, 4 or 6, and then its bits: `4` and eight of them for 10.0.0.0/8. */
   bits: string;
-  /** How the system writes it; without a prefix if it is a single address. */
+  /** The usual spelling; without a prefix if it is a single address. */
   text: string;
 }
 
-/** An address without the IPv4-mapped form (RFC 4291, 2.5.5.2). */
+/** What the 128 bits of an IPv4-mapped address begin with (RFC 4291, 2.5.5.2). */
+const MAPPED_BITS = "0".repeat(80) + "1".repeat(16);
+
+/** An address without the IPv4-mapped form. */
 function plainAddress(address: string): string {
   return address.replace(/^::ffff:(?=\d+\.)/i, "");
-}
-
-/** The one spelling of an address that the system uses (RFC 5952), or `null`. */
-function canonicalAddress(text: string): string | null {
-  const isIPv6 = /^[\da-f:.]*:[\da-f:.]*$/i.test(text);
-  // Without leading zeros, which some take for octal (RFC 6943, 3.1.1).
-  const isIPv4 = /^(?:0|[1-9]\d{0,2})(?:\.(?:0|[1-9]\d{0,2})){3}$/.test(text);
-  if (!isIPv6 && !isIPv4) return null;
-  const host = URL.parse(`http://${isIPv6 ? `[${text}]` : text}/`)?.hostname;
-  if (host === undefined || isIPv4) return host ?? null;
-  const address = host.slice(1, -1);
-  const mapped = /^::ffff:([\da-f]+):([\da-f]+)$/.exec(address);
-  if (mapped === null) return address;
-  const [high, low] = mapped.slice(1).map((group) => parseInt(group, 16));
-  return [high >> 8, high & 255, low >> 8, low & 255].join(".");
 }
 
 /** Reads a network or a single address, such as `10.0.0.0/8` or `::1`. */
 function parseNetwork(text: string): Network | null {
   const [, host = "", length] =
     /^([^/%]+)(?:%[^/]*)?(?:\/(\d{1,3}))?$/.exec(text) ?? [];
-  const address = canonicalAddress(host);
-  if (address === null) return null;
-  const bits = addressBits(address);
+  const bits = addressBits(host);
+  if (bits === "") return null;
   if (length === undefined) return networkOf(bits);
-  // An IPv4 address may have been written in its mapped form, of 128 bits.
   const isMapped = bits[0] === "4" && host.includes(":");
   const prefix = Number(length) - (isMapped ? 96 : 0);
   const isPrefix = prefix >= 0 && prefix < bits.length;
   return isPrefix ? networkOf(bits.slice(0, 1 + prefix)) : null;
 }
 
-/** The bits of a canonical address, after its family. */
+/** The family of an address and its bits, as in {@linkcode Network}; empty if it is
+ * no address. */
 function addressBits(address: string): string {
-  const binary = (number: number, width: number) =>
-    number.toString(2).padStart(width, "0");
-  if (!address.includes(":")) {
-    const bytes = address.split(".");
-    return "4" + bytes.map((byte) => binary(Number(byte), 8)).join("");
+  // Without leading zeros, which some take for octal (RFC 6943, 3.1.1).
+  if (/^(?:0|[1-9]\d{0,2})(?:\.(?:0|[1-9]\d{0,2})){3}$/.test(address)) {
+    const bytes = address.split(".").map(Number);
+    return bytes.some((byte) => byte > 255) ? "" : "4" + binary(bytes, 8);
   }
-  const [first, last = []] = address.split("::")
+  if (!/^[\da-f:.]*:[\da-f:.]*$/i.test(address)) return "";
+  // Checked, and brought to one spelling (RFC 5952).
+  const host = URL.parse(`http://[${address}]/`)?.hostname;
+  if (host === undefined) return "";
+  const [first, last = []] = host.slice(1, -1).split("::")
     .map((part) => part.split(":").filter(Boolean));
   const zeros = Array(8 - first.length - last.length).fill("0");
   const groups = [...first, ...zeros, ...last];
-  return "6" + groups.map((group) => binary(parseInt(group, 16), 16)).join("");
+  const bits = binary(groups.map((group) => parseInt(group, 16)), 16);
+  const isMapped = bits.startsWith(MAPPED_BITS);
+  return isMapped ? "4" + bits.slice(MAPPED_BITS.length) : "6" + bits;
+}
+
+function binary(numbers: number[], width: number): string {
+  return numbers.map((it) => it.toString(2).padStart(width, "0")).join("");
 }
 
 function networkOf(bits: string): Network {
@@ -3553,11 +3767,12 @@ function networkOf(bits: string): Network {
     const part = bits.slice(1 + i * width, 1 + (i + 1) * width);
     return parseInt(part.padEnd(width, "0"), 2);
   });
+  const groups = numbers.map((number) => number.toString(16)).join(":");
   const address = width === 8
     ? numbers.join(".")
-    : canonicalAddress(numbers.map((it) => it.toString(16)).join(":"));
+    : new URL(`http://[${groups}]/`).hostname.slice(1, -1);
   const prefix = bits.length - 1;
-  return { bits, text: prefix < size ? `${address}/${prefix}` : `${address}` };
+  return { bits, text: prefix < size ? `${address}/${prefix}` : address };
 }
 
 /** Tests whether an address is in one of these networks. */
@@ -3575,7 +3790,7 @@ function countedNetwork({ bits }: Network): Network {
   return networkOf(isIPv6Address ? bits.slice(0, 65) : bits);
 }
 
-/** The same as text; what is no address, such as a path, counts by itself. */
+/** The same as text. What is no address, such as a path, counts by itself. */
 function addressKey(address: string): string {
   if (!address.includes(":")) return address;
   const network = parseNetwork(address);
@@ -3586,7 +3801,7 @@ function formatAddress(address: string, port: number): string {
   return address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`;
 }
 
-// -- what cannot be opened
+// -- files, and what cannot be opened
 
 /** What to do when something cannot be opened. */
 interface Remedy {
@@ -3654,17 +3869,6 @@ function readFile(path: string): string {
       denied: FILE_DENIED,
     });
   }
-}
-
-function readPassword(path: string): string {
-  const [password] = readFile(path).replace(/^\ufeff/, "").split(/\r?\n/);
-  // What a client types is cleaned, and refused if it is too long.
-  const isShort = encoder.encode(password).length <= LINE_BYTES;
-  if (password && isShort && cleanLine(password) === password) return password;
-  throw new OpenError(
-    `Cannot use ${path}: its first line has to be the password, ` +
-      `at most ${LINE_BYTES} bytes of UTF-8`,
-  );
 }
 
 /** The lines of a file for new clients, as the room shows them. */
@@ -3743,7 +3947,7 @@ class TlsConnection implements Connection {
     this.#outer = outer;
     this.#inner = tls.connect().then(([middle, inner]) => {
       this.#ends = [middle, inner];
-      if (this.#closed) this.close(); // it was given up meanwhile
+      if (this.#closed) this.close(); // it was closed meanwhile
       forward(outer, middle);
       this.#sent = forward(middle, outer);
       return inner;
@@ -3788,7 +3992,8 @@ async function forward(from: Deno.TcpConn, to: Deno.TcpConn): Promise<void> {
     // Not `from.readable`: at its end it closes the socket for writing too.
     const buffer = new Uint8Array(FORWARD_BYTES);
     for (let count; (count = await from.read(buffer)) !== null;) {
-      await writeAll(to, buffer.subarray(0, count));
+      let rest = buffer.subarray(0, count);
+      while (rest.length > 0) rest = rest.subarray(await to.write(rest));
     }
   } catch { /* the client is gone: that is an end as well */ }
   await to.closeWrite().catch(() => {});
@@ -3931,7 +4136,7 @@ class Transcript {
     }
   }
 
-  /** Opens the file of that name anew, where the old one was renamed.
+  /** Opens the file again, after another program has renamed it.
    *
    * @throws {OpenError} if that cannot be done; the old one stays in use */
   reopen(): void {
@@ -4017,16 +4222,13 @@ function readFully(file: Deno.FsFile, length: number): Uint8Array {
 }
 
 // ---------------------------------------------------------------------------
-// Console: the operator, who speaks as host and keeps order.
+// Console: the operator, who speaks as host and can disconnect and ban people.
 // ---------------------------------------------------------------------------
 
 /** The operator: a person who speaks as host, and whose reader is the console. */
 class Operator extends Person implements Sink {
   readonly reader: Reader;
-  readonly #splitter = new LineSplitter(
-    false,
-    beginsCommand,
-  );
+  readonly #splitter = new LineSplitter(false, beginsCommand);
 
   constructor(
     room: Room,
@@ -4043,18 +4245,17 @@ class Operator extends Person implements Sink {
   /** Takes a line that the operator typed. */
   type(typed: string): void {
     const lines = this.#splitter.push(encoder.encode(typed + "\n"));
-    for (let start = 0; start < lines.length;) {
-      const end = lines.indexOf(LF, start) + 1;
-      const from = lines[start] === PIECE ? start + 1 : start;
-      if (lines[start] === TOO_LONG) answerError(this, COMMAND_TOO_LONG);
-      else if (lines[start] !== SLASH && lines[start] !== SPACE) {
-        this.room.say(this, lines.subarray(from, end));
+    for (let next = 0; next < lines.length;) {
+      const { kind, start, end } = nextRun(lines, next, 1);
+      next = end;
+      if (kind === "too long") this.tellError(COMMAND_TOO_LONG);
+      else if (kind === "message") {
+        this.room.say(this, lines.subarray(start, end));
       } else {
         const line = decoder.decode(lines.subarray(start, end - 1));
-        const said = runCommand(CONSOLE_COMMANDS, this, line);
+        const said = CONSOLE_COMMANDS.run(this, line);
         if (said !== null) this.room.say(this, said);
       }
-      start = end;
     }
   }
 
@@ -4063,12 +4264,6 @@ class Operator extends Person implements Sink {
     return [...this.room.readers].map(({ sink }) => sink)
       .filter((sink) => sink instanceof Client)
       .filter(({ left }) => !left);
-  }
-
-  /** Those whose address is in a network. */
-  clientsIn(network: Network): Client[] {
-    const isIn = networkTest([network]);
-    return this.clients.filter(({ address }) => isIn(address));
   }
 
   write(bytes: Uint8Array): Promise<number> {
@@ -4091,145 +4286,117 @@ class Operator extends Person implements Sink {
   writeFailed(): void {}
 }
 
-/** The client of that name, on this server; if there is none, the operator is told
- * so. */
-function findClient(operator: Operator, name: string): Client | undefined {
-  const person = findPerson(operator, name);
-  if (person === undefined || person instanceof Client) return person;
-  answerError(operator, `${person.name} is not connected to this server.`);
+// deno-fmt-ignore: a command a line
+const CONSOLE_COMMANDS = new Commands<Operator>([
+  ["help h ?", "[COMMAND]", "lists the commands, or explains one", (operator, text) => CONSOLE_COMMANDS.help(operator, text)],
+  ["who names list", "[NAME]", "lists who is here, from where, for how long", listPeople],
+  ...SHARED_COMMANDS,
+  ["kick", "NAME [REASON]", "disconnects a person", kick],
+  ["ban", "NAME|NETWORK [REASON]", "disconnects an address or a network, and refuses it from now on", ban],
+  ["unban", "NAME|NETWORK", "admits a banned address or network again", unban],
+  ["banned", "", "lists who is banned, since when and why", listBans],
+  ["quit exit", "", "stops the server", ({ stop }) => stop()],
+], "quit");
+
+/** The name of a client for the operator. */
+function nameOf({ name, room }: Client): string {
+  return name || (room.options.raw ? "(no name)" : "(no name yet)");
 }
 
-const CONSOLE_COMMANDS: Command<Operator>[] = [
-  command(
-    "help h ?",
-    "[COMMAND]",
-    "lists the commands, or explains one",
-    (operator, text) => help(CONSOLE_COMMANDS, operator, text),
-  ),
-  command(
-    "who names list",
-    "",
-    "lists who is connected, from where, for how long",
-    (operator) => {
-      const rows = operator.clients.map(({ name, origin, since, away }) =>
-        `* ${name || "(no name yet)"} ${origin}, ${timeSince(since)}` +
-        (away === null ? "\n" : `, away${away && `: ${away}`}\n`)
-      );
-      operator.tell(rows.join("") || "* Nobody is here.\n");
-    },
-  ),
-  ...SHARED_COMMANDS,
-  command(
-    "kick",
-    "NAME [REASON]",
-    "disconnects a person",
-    (operator, text) => {
-      const [name, why] = firstWord(text);
-      const reason = why ? `kicked: ${why}` : "kicked";
-      findClient(operator, name)?.disconnect(`You were ${reason}.`, reason);
-    },
-  ),
-  command(
-    "ban",
-    "NAME|NETWORK [REASON]",
-    "disconnects an address or a network, and refuses it from now on",
-    (operator, text) => {
-      const [whom, reason] = firstWord(text), typed = parseNetwork(whom);
-      const client = typed ? undefined : findClient(operator, whom);
-      const network = typed ?? parseNetwork(client?.address ?? "");
-      if (network === null) return;
-      ban(operator, { network: countedNetwork(network), client, reason });
-    },
-  ),
-  command(
-    "unban",
-    "NAME|NETWORK",
-    "admits a banned address or network again",
-    (operator, text) => {
-      const { access } = operator, typed = parseNetwork(text);
-      const network = typed && countedNetwork(typed).text;
-      const isMeant = (it: Ban) =>
-        it.network.text === network ||
-        (it.name !== "" && nameKey(it.name) === nameKey(text));
-      const lifted = access.bans.filter(isMeant);
-      access.bans = access.bans.filter((it) => !isMeant(it));
-      for (const { network } of lifted) {
-        operator.tell(`* ${network.text} is no longer banned.\n`);
-      }
-      if (lifted.length > 0) return;
-      answerError(operator, `${text} is not banned. /banned lists who is.`);
-    },
-  ),
-  command(
-    "banned",
-    "",
-    "lists who is banned, since when and why",
-    (operator) => {
-      const rows = operator.access.bans.map(({ network, name, reason, time }) =>
-        `* ${network.text}${name && ` (${name})`} is banned since ` +
-        `${dateText(time)} ${timeText(time).trim()}${reason && `: ${reason}`}\n`
-      );
-      operator.tell(rows.join("") || "* Nobody is banned.\n");
-    },
-  ),
-  command("quit exit", "", "stops the server", ({ stop }) => stop()),
-];
+/** The client of that name, or of that address and port, on this server; if there is
+ * none, the operator is told so. */
+function findClient(operator: Operator, name: string): Client | undefined {
+  const client = operator.clients.find(({ origin }) => origin === name);
+  const person = client ?? findPerson(operator, name);
+  if (person === undefined || person instanceof Client) return person;
+  operator.tellError(`${person.name} is not connected to this server.`);
+}
 
-/** Bans a network, and disconnects the clients there; not if it was named by a
- * person and there are others. */
-function ban(
-  operator: Operator,
-  { network, client, reason }: {
-    network: Network;
-    client?: Client;
-    reason: string;
-  },
-): void {
-  const { access } = operator, there = operator.clientsIn(network);
+function listPeople(operator: Operator, name: string): void {
+  const only = name ? findPerson(operator, name) : undefined;
+  if (name && !only) return;
+  if (only === operator) return operator.tell("* That is you.\n");
+  const { clients, room } = operator;
+  const others = [...room.people.values()]
+    .filter((person) => person instanceof RemotePerson);
+  const rows = [...clients, ...others]
+    .filter((person) => !only || person === only)
+    .map((person) => {
+      const { away } = person;
+      const where = person instanceof Client
+        ? ` ${person.origin}, ${timeSince(person.connected)}`
+        : ", on another server";
+      const shown = person instanceof Client ? nameOf(person) : person.name;
+      const end = away === null ? "" : `, away${away && `: ${away}`}`;
+      return `* ${shown}${where}${end}\n`;
+    });
+  if (rows.length === 0) rows.push("* Nobody is here.\n");
+  operator.tell(rows.join(""));
+}
+
+function kick(operator: Operator, text: string): void {
+  const [name, why] = firstWord(text);
+  const reason = why ? `kicked: ${why}` : "kicked";
+  findClient(operator, name)?.disconnect(`You were ${reason}.`, reason);
+}
+
+/** Bans a network, and disconnects the clients there. A ban of a person is refused
+ * if there are others at the address. */
+function ban(operator: Operator, text: string): void {
+  const [whom, reason] = firstWord(text), typed = parseNetwork(whom);
+  const client = typed ? undefined : findClient(operator, whom);
+  const address = typed ?? parseNetwork(client?.address ?? "");
+  if (address === null) return;
+  const network = countedNetwork(address), isThere = networkTest([network]);
+  const there = operator.clients.filter(({ address }) => isThere(address));
   const others = there.filter((it) => it !== client);
   if (client && others.length > 0) {
-    const names = others.slice(0, LISTED_NAMES)
-      .map(({ name }) => name || "(no name yet)").join(", ");
-    return answerError(
-      operator,
+    const names = others.slice(0, LISTED_NAMES).map(nameOf).join(", ");
+    return operator.tellError(
       `Not banned: ${names} would be banned too. ` +
         `/ban ${network.text} bans them all, ` +
         `/kick ${client.name} disconnects ${client.name} alone.`,
     );
   }
-  const name = client?.name ?? "", time = new Date();
-  access.bans = access.bans.filter((it) => it.network.text !== network.text)
-    .concat({ network, name, reason, time });
-  operator.tell(
-    `* ${network.text} is banned. /unban ${network.text} undoes this.\n`,
-  );
+  operator.access.ban({ network, name: client?.name ?? "", reason });
+  const what = `${network.text} is banned.`;
+  operator.tell(`* ${what} /unban ${network.text} undoes this.\n`);
   const why = reason ? `banned: ${reason}` : "banned";
   for (const it of there) it.disconnect(`You were ${why}.`, why);
+}
+
+function unban(operator: Operator, text: string): void {
+  const typed = parseNetwork(text);
+  const network = typed && countedNetwork(typed).text;
+  const lifted = operator.access.unban((ban) =>
+    ban.network.text === network ||
+    (ban.name !== "" && nameKey(ban.name) === nameKey(text))
+  );
+  for (const { network } of lifted) {
+    operator.tell(`* ${network.text} is no longer banned.\n`);
+  }
+  if (lifted.length > 0) return;
+  const wider = operator.access.bans.find(({ network }) =>
+    typed?.bits.startsWith(network.bits)
+  )?.network.text;
+  operator.tellError(
+    wider
+      ? `${text} is banned by ${wider}. /unban ${wider} admits all of it.`
+      : `${text} is not banned. /banned lists who is.`,
+  );
+}
+
+function listBans(operator: Operator): void {
+  const rows = operator.access.bans.map(({ network, name, reason, time }) =>
+    `* ${network.text}${name && ` (${name})`} is banned since ` +
+    `${dateText(time)} ${timeText(time)}${reason && `: ${reason}`}\n`
+  );
+  operator.tell(rows.join("") || "* Nobody is banned.\n");
 }
 
 // ---------------------------------------------------------------------------
 // Command line: one table of options, read by parseOptions and printed by --help.
 // ---------------------------------------------------------------------------
-
-const DEFAULTS: Options = {
-  host: "0.0.0.0",
-  port: 8008,
-  reusePort: false,
-  raw: false,
-  askName: false,
-  timestamps: false,
-  history: 20,
-  motd: "",
-  rate: 20,
-  maxClients: 10_000,
-  maxPerAddress: 0,
-  allow: [],
-  passwordFile: "",
-  tlsCert: "",
-  tlsKey: "",
-  log: "",
-  quiet: false,
-};
 
 interface Flag {
   name: string;
@@ -4240,6 +4407,8 @@ interface Flag {
   range?: [from: number, to: number];
   /** Whether it can be given more than once. */
   repeatable?: boolean;
+  /** The flag without which it has no effect. */
+  needs?: string;
   help: string;
 }
 
@@ -4264,11 +4433,11 @@ const FLAGS: Flag[] = [
   { name: "console", help: "take part as host on this terminal" },
   { name: "quiet", help: "do not print who connects and leaves" },
   { name: "web", value: "PORT", range: [0, 65_535], help: "serve a page for browsers on this port (none)" },
-  { name: "trust-proxy", value: "CIDR", repeatable: true, help: "believe X-Forwarded-For of these (none)" },
+  { name: "trust-proxy", value: "CIDR", repeatable: true, needs: "web", help: "believe X-Forwarded-For of these (none)" },
   { name: "link", value: "URL", repeatable: true, help: "link with other servers over NATS (none)" },
-  { name: "link-as", value: "NAME", help: "name of this server there (random)" },
-  { name: "link-room", value: "NAME", help: "name of the shared room (parley)" },
-  { name: "link-creds", value: "FILE", help: "credentials for NATS (none)" },
+  { name: "link-as", value: "NAME", needs: "link", help: "name of this server there (random)" },
+  { name: "link-room", value: "NAME", needs: "link", help: "name of the shared room (parley)" },
+  { name: "link-creds", value: "FILE", needs: "link", help: "credentials for NATS (none)" },
   { name: "help", short: "h", help: "print this and exit" },
   { name: "version", short: "V", help: "print the version and exit" },
 ];
@@ -4308,6 +4477,27 @@ ${rows.join("\n")}`;
  * that cannot be used; the message says what to do instead
  */
 export function parseOptions(args: string[]): CommandLine {
+  const given = readArguments(args);
+  const options: Record<string, unknown> = {};
+  const others: Record<string, unknown> = {};
+  for (const flag of FLAGS) {
+    const texts = [given[flag.name] ?? []].flat(), key = keyOf(flag);
+    if (texts.length === 0) continue;
+    if (flag.needs && [given[flag.needs] ?? []].flat().length === 0) {
+      const { name, needs } = flag;
+      throw new UsageError(`Cannot use --${name} alone: give --${needs} too`);
+    }
+    const values = readValues(flag, texts);
+    const value = flag.repeatable ? values : values.at(-1);
+    (key in DEFAULTS ? options : others)[key] = value;
+  }
+  checkValues({ ...options, ...others });
+  checkOptions(options);
+  return { ...others, options };
+}
+
+/** The texts that are given for each flag, by its name. */
+function readArguments(args: string[]) {
   const names = FLAGS.flatMap(({ name, short }) =>
     short ? [name, short] : name
   );
@@ -4329,38 +4519,25 @@ export function parseOptions(args: string[]): CommandLine {
     },
   });
   const [stray] = given._ as unknown[]; // a number if it looks like one
-  if (stray !== undefined) {
-    const shown = singleLine(String(stray)) || '""';
-    throw new UsageError(
-      `Unexpected argument ${shown} (options are written --port 8008 or -p 8008)`,
-    );
-  }
+  if (stray === undefined) return given;
+  const shown = singleLine(String(stray)) || '""';
+  throw new UsageError(
+    `Unexpected argument ${shown} (options are written --port 8008 or -p 8008)`,
+  );
+}
 
-  const values: Record<string, unknown> = {};
-  for (const flag of FLAGS) {
-    const { name, value, range, repeatable } = flag;
-    const texts = [given[name] ?? []].flat();
-    if (texts.length === 0) continue;
-    if (!value && texts.some(Boolean)) {
-      throw new UsageError(`Option --${name} takes no value`);
-    }
-    if (value && texts.includes("")) {
-      throw new UsageError(
-        `Option --${name} needs a value: --${name} ${value}`,
-      );
-    }
-    const typed = texts.map((text) => {
-      if (!value) return true;
-      return range && /^\d+$/.test(text) ? Number(text) : text;
-    });
-    values[keyOf(flag)] = repeatable ? typed : typed.at(-1);
+/** The values of one flag, with their type. */
+function readValues(flag: Flag, texts: string[]): unknown[] {
+  const { name, value, range } = flag;
+  if (!value && texts.some(Boolean)) {
+    throw new UsageError(`Option --${name} takes no value`);
   }
-  checkValues(values);
-  const isOption = ([key]: [string, unknown]) => key in DEFAULTS;
-  const all = Object.entries(values);
-  const options = Object.fromEntries(all.filter(isOption));
-  checkOptions(options);
-  return { ...Object.fromEntries(all.filter((it) => !isOption(it))), options };
+  if (value && texts.includes("")) {
+    throw new UsageError(`Option --${name} needs a value: --${name} ${value}`);
+  }
+  if (!value) return texts.map(() => true);
+  const isNumber = (text: string) => range && /^\d+$/.test(text);
+  return texts.map((text) => isNumber(text) ? Number(text) : text);
 }
 
 /** Ties each value to its option where parseArgs would not: it takes `--rate -3`
@@ -4460,54 +4637,60 @@ function printer(file: typeof Deno.stdout): Output {
   });
 }
 
-function exitWith(message: string, status: number): never {
-  console.error(`parley: ${message}`);
+function exitWith(error: unknown, status: number): never {
+  console.error(`parley: ${reason(error)}`);
   Deno.exit(status);
 }
 
 async function main(args: string[]): Promise<void> {
-  let commandLine: CommandLine;
-  try {
-    commandLine = parseOptions(args);
-  } catch (error) {
-    if (!(error instanceof UsageError)) throw error;
-    return exitWith(error.message, 2);
-  }
-  if (commandLine.help) return console.log(helpText());
-  if (commandLine.version) return console.log(`parley ${config.version}`);
-
+  let commandLine: CommandLine, server: ChatServer;
   const output = printer(Deno.stdout), errors = printer(Deno.stderr);
   const print = (line: string) => output.print(line);
   const warn = (line: string) => errors.print(`parley: ${line}`);
-  let server: ChatServer;
   try {
+    commandLine = parseOptions(args);
+    if (commandLine.help) return console.log(helpText());
+    if (commandLine.version) return console.log(`parley ${config.version}`);
     server = ChatServer.listen(commandLine.options, { print, warn });
   } catch (error) {
-    if (!(error instanceof OpenError)) throw error;
-    return exitWith(error.message, 1);
+    if (error instanceof UsageError) return exitWith(error, 2);
+    if (error instanceof OpenError) return exitWith(error, 1);
+    throw error;
   }
-  const { hostname, port } = server.addr;
-  const anywhere = hostname === "0.0.0.0" || hostname === "::";
-  const join = commandLine.options.tlsCert ? "ncat --ssl" : "nc";
-  print(
-    `Listening on ${formatAddress(hostname, port)}. ` +
-      `Join with: ${join} ${anywhere ? "localhost" : hostname} ${port}`,
-  );
-
+  print(startLine(server.addr, commandLine.options));
   // However the server is stopped, by a signal or the operator.
   server.finished.then(async () => {
     await output.flush(EXIT_MILLISECONDS);
     Deno.exit(0);
   });
   handleSignals(server, warn);
+  // Before the add-ons, so that a link counts the operator among the people here.
+  if (commandLine.console) operate(server, { print, warn });
   try {
     await startAddOns(server, commandLine, { print, warn });
   } catch (error) {
-    return exitWith(reason(error), 1);
+    return exitWith(error, 1);
   }
-  if (!commandLine.console) return;
+}
+
+/** Tells where the room is, and how to join it. */
+function startLine(
+  { hostname, port }: Deno.NetAddr,
+  { tlsCert }: Partial<Options>,
+): string {
+  const isAnywhere = hostname === "0.0.0.0" || hostname === "::";
+  const client = tlsCert ? "ncat --ssl" : "nc";
+  return `Listening on ${formatAddress(hostname, port)}. ` +
+    `Join with: ${client} ${isAnywhere ? "localhost" : hostname} ${port}`;
+}
+
+/** Lets the person at standard input be the operator, until its end. */
+async function operate(
+  server: ChatServer,
+  { print, warn }: Required<Reports>,
+): Promise<void> {
   try {
-    await server.operate(await typedLines(), print);
+    await server.operate(typedLines(), print);
     if (server.stopping.aborted) return;
     print("The console has no more input. The room goes on; Ctrl-C stops it.");
   } catch (error) {
@@ -4576,10 +4759,11 @@ function handleSignals(
 
 /** The lines that are typed on standard input. It is read only for the console: a
  * terminal stops a background job that reads. */
-async function typedLines(): Promise<ReadableStream<string>> {
+async function* typedLines(): AsyncIterable<string> {
   const { TextLineStream } = await import("@std/streams/text-line-stream");
-  return Deno.stdin.readable.pipeThrough(new TextDecoderStream())
-    .pipeThrough(new TextLineStream());
+  const lines: ReadableStream<string> = Deno.stdin.readable
+    .pipeThrough(new TextDecoderStream()).pipeThrough(new TextLineStream());
+  yield* lines;
 }
 
 if (import.meta.main) await main(Deno.args);

@@ -37,10 +37,12 @@ export interface Attachment {
     name: string,
     options?: { announce?: boolean; away?: string | null },
   ): boolean;
-  /** Removes a person; with `announce` the room is told, with the reason. */
+  /** Removes a person; with `announce` the room is told, with the reason. With
+   * `mayReturn` it is remembered who ignores the person, until the person is added
+   * again or removed without it. */
   remove(
     name: string,
-    options?: { reason?: string; announce?: boolean },
+    options?: { reason?: string; announce?: boolean; mayReturn?: boolean },
   ): void;
   /** Renames a person, and tells the room. `false` if the new name is invalid or
    * taken. */
@@ -63,6 +65,7 @@ export interface Attachment {
 
 /** A chat server that can be linked. */
 export interface Attachable {
-  /** Links the room. The methods of `events` are called for what happens in it. */
-  attach(events: LinkEvents): Attachment;
+  /** Links the room. The methods of `events` are called for what happens in it.
+   * `name` is what the others call this server. */
+  attach(events: LinkEvents, options?: { name?: string }): Attachment;
 }

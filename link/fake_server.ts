@@ -18,6 +18,8 @@ export class FakeServer implements Attachable, Attachment {
   readonly mistakes: string[] = [];
   /** Everyone here: local people, and people elsewhere. */
   readonly here = new Map<string, string | null>();
+  /** People elsewhere who may return. */
+  readonly absent = new Set<string>();
   readonly #local = new Set<string>();
   #events: LinkEvents | null = null;
   #changed = Promise.withResolvers<void>();
@@ -130,15 +132,22 @@ export class FakeServer implements Attachable, Attachment {
     if (!/^[^@]+@[^@]+$/.test(name)) this.#fail(`Added ${name}`);
     if (this.here.has(name)) return false;
     this.here.set(name, away ?? null);
+    this.absent.delete(name);
     if (announce) this.#see(`* ${name} has entered the room`);
     return true;
   }
 
   remove(
     name: string,
-    { reason, announce }: { reason?: string; announce?: boolean } = {},
+    { reason, announce, mayReturn }: {
+      reason?: string;
+      announce?: boolean;
+      mayReturn?: boolean;
+    } = {},
   ): void {
-    if (!this.here.delete(name)) this.#fail(`Removed ${name}`);
+    const wasAbsent = this.absent.delete(name);
+    if (!this.here.delete(name) && !wasAbsent) this.#fail(`Removed ${name}`);
+    if (mayReturn) this.absent.add(name);
     const why = reason ? ` (${reason})` : "";
     if (announce) this.#see(`* ${name} has left the room${why}`);
   }

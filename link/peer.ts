@@ -186,7 +186,7 @@ export class Peer {
   fellSilent(): void {
     this.state = "silent";
     this.#snapshot = null;
-    this.removePeople();
+    this.removePeople({ mayReturn: true });
     this.tell("gone");
   }
 
@@ -203,9 +203,9 @@ export class Peer {
   }
 
   /** Removes its people from the room; they stay in `people`. */
-  removePeople(): void {
+  removePeople(options?: { mayReturn: boolean }): void {
     for (const name of this.people.keys()) {
-      this.#shared.room.remove(this.fullName(name));
+      this.#shared.room.remove(this.fullName(name), options);
     }
   }
 

@@ -77,7 +77,7 @@ export class LinkedRoom implements LinkEvents {
       if (isHeld) this.#takePart();
       else this.#options.claimed?.(false);
     });
-    const room = this.#room = server.attach(this);
+    const room = this.#room = server.attach(this, { name: options.as });
     for (const { name, away } of room.people()) this.#log.join(name, away);
     const notice = (line: string) => room.notice(line);
     const report = this.#report = new Report(clock.now, notice, warn);

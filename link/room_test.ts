@@ -6,7 +6,7 @@
 import { assert, assertEquals } from "@std/assert";
 import { FakeServer } from "./fake_server.ts";
 import { type Clock, LinkedRoom } from "./room.ts";
-import { FROM, GOODBYE, Kind, NOW, Reader, Writer } from "./wire.ts";
+import { FROM, GOODBYE, Kind, NOW, Reader, Type, Writer } from "./wire.ts";
 
 const TOKYO = "00000000000000aa", PARIS = "00000000000000bb";
 
@@ -189,4 +189,25 @@ Deno.test("the answers to 256 private messages are kept, and no more", () => {
   assertEquals(tokyo.tell(1, "nobody"), NOBODY);
   tokyo.tell(1_000_000, "alice");
   assertEquals(tokyo.tell(1, "nobody"), DELIVERED);
+});
+
+Deno.test("after an outage the people of a server are the same persons, not after it was replaced", () => {
+  const tokyo = new Tokyo();
+  tokyo.heartbeat(0);
+  tokyo.fromParis(
+    Kind.Entries,
+    (message) => message.u48(0).u48(0).u32(1).u8(Type.Joined).string("bob"),
+  );
+  assertEquals([...tokyo.server.here.keys()], ["bob@paris"]);
+  tokyo.run(20_000);
+  assertEquals(tokyo.server.here.size, 0);
+  assertEquals([...tokyo.server.absent], ["bob@paris"]);
+  tokyo.heartbeat(20_000);
+  assertEquals([...tokyo.server.here.keys()], ["bob@paris"]);
+  assertEquals(tokyo.server.absent.size, 0);
+  tokyo.run(20_000);
+  const message = Writer.message(Kind.Heartbeat, 0, "00000000000000cc");
+  const heartbeat = message.u48(0).u48(0).u48(0).done();
+  tokyo.link.receive("log.paris", heartbeat); // of another process
+  assertEquals(tokyo.server.absent.size, 0);
 });

@@ -172,11 +172,8 @@ export class Servers {
     startedAt: number,
   ): Peer | undefined {
     const wasLinked = peer.state === "linked";
-    if (wasLinked) {
-      peer.removePeople();
-      peer.tell("started");
-    }
     this.#forget(peer);
+    if (wasLinked) peer.tell("started");
     const next = this.#meet(
       peer.name,
       identity,
@@ -189,6 +186,7 @@ export class Servers {
 
   #forget(peer: Peer): void {
     this.#peers.delete(peer.name);
+    peer.removePeople();
     peer.privateMessages.giveUp();
   }
 
