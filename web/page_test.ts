@@ -119,6 +119,29 @@ class Visitor implements AsyncDisposable {
       .waitFor();
   }
 
+  /** The people in the list. */
+  people(): Promise<string[]> {
+    return this.page.locator("#people li").allTextContents();
+  }
+
+  /** Waits until the list has so many people. */
+  async seesPeople(count: number): Promise<void> {
+    await this.page.waitForSelector(`#people-title:has-text('(${count})')`, {
+      state: "attached",
+    });
+  }
+
+  /** How far the log is from its end, in pixels. */
+  distance(): Promise<number> {
+    return this.page.locator("#log").evaluate((log) =>
+      log.scrollHeight - log.scrollTop - log.clientHeight
+    );
+  }
+
+  async isAtEnd(): Promise<void> {
+    await eventually(async () => await this.distance() < 2, "the end");
+  }
+
   async seesPerson(name: string): Promise<void> {
     await this.page.locator("#people li", { hasText: name }).first()
       .waitFor({ state: "attached" });
@@ -236,7 +259,12 @@ browserTest("a password is neither shown nor stored", async () => {
 
 browserTest("the page comes back when the server restarts", async () => {
   const log = await Deno.makeTempFile();
-  const options: Partial<Options> = { host: "127.0.0.1", port: 0, log };
+  const options: Partial<Options> = {
+    host: "127.0.0.1",
+    port: 0,
+    log,
+    rate: 0,
+  };
   const server = ChatServer.listen(options);
   const webOptions = { host: "127.0.0.1", port: 0 };
   const web = await WebServer.listen(server, webOptions);
@@ -244,12 +272,15 @@ browserTest("the page comes back when the server restarts", async () => {
   await using bob = await Terminal.join(server, "bob");
   await maria.say("before one");
   await bob.find(/before one/);
+  await bob.say(...Array.from({ length: 60 }, (_, i) => `more ${i}`));
   await bob.say("before two");
   await maria.sees(/before two/);
+  await maria.isAtEnd();
   await server.stop();
   await within(web.close(), "the end of the listener");
   await maria.sees(/^The server is stopping/);
   await maria.page.waitForSelector("#trouble:has-text('Trying again')");
+  await maria.isAtEnd(); // although the log is less high now
   // What is typed meanwhile stays where it is.
   await maria.page.fill("#text", "after one");
   await maria.page.press("#text", "Enter");
@@ -265,6 +296,8 @@ browserTest("the page comes back when the server restarts", async () => {
   await ben.say("said meanwhile");
   await maria.sees(/^Connected again/);
   await maria.seesPerson("maria (you)");
+  await maria.isAtEnd();
+  assertEquals(await maria.page.isVisible("#newer"), false);
   await maria.page.press("#text", "Enter");
   assertEquals(await ben.find(/after one/), "[maria] after one");
   const lines = (await maria.lines()).join("\n");
@@ -394,14 +427,10 @@ browserTest("scrolling up is not disturbed by new messages", async () => {
   await using bob = await Terminal.join(room.server, "bob");
   await using maria = await Visitor.join(room.url, "maria");
   const { page } = maria;
-  const distance = () =>
-    page.locator("#log").evaluate((log) =>
-      log.scrollHeight - log.scrollTop - log.clientHeight
-    );
   const top = () => page.locator("#log").evaluate((log) => log.scrollTop);
   await bob.say(...Array.from({ length: 200 }, (_, i) => `line ${i}`));
   await maria.sees(/line 199/);
-  await eventually(async () => await distance() < 2, "the bottom");
+  await maria.isAtEnd();
   await page.locator("#log").evaluate((log) => {
     log.scrollTop = 500;
   });
@@ -410,9 +439,88 @@ browserTest("scrolling up is not disturbed by new messages", async () => {
   await page.waitForSelector("#newer:has-text('3 new messages')");
   assertEquals(await top(), 500);
   await page.click("#newer");
-  await eventually(async () => await distance() < 2, "the bottom");
+  await maria.isAtEnd();
   await page.waitForSelector("#newer", { state: "hidden" });
 });
+
+browserTest("only messages are counted as new messages", async () => {
+  await using room = await open({ rate: 0 });
+  await using bob = await Terminal.join(room.server, "bob");
+  await using maria = await Visitor.join(room.url, "maria");
+  const { page } = maria;
+  await bob.say(...Array.from({ length: 200 }, (_, i) => `line ${i}`));
+  await maria.sees(/line 199/);
+  await maria.isAtEnd();
+  const scrollUp = () =>
+    page.locator("#log").evaluate((log) => {
+      log.scrollTop = 500;
+    });
+  const isNewer = async (label: string) =>
+    await eventually(
+      async () => await page.locator("#newer").textContent() === label,
+      label,
+    );
+  await scrollUp();
+  await using carol = await Terminal.join(room.server, "carol");
+  await isNewer("New notices ↓");
+  await carol.say("one", "/me waves", "/msg maria psst");
+  await isNewer("3 new messages ↓");
+  await bob.say("/nick robert");
+  await maria.sees(/is now known as robert/);
+  await isNewer("3 new messages ↓");
+  await page.click("#newer");
+  await maria.isAtEnd();
+  await page.waitForSelector("#newer", { state: "hidden" });
+
+  await scrollUp();
+  await bob.say("/nick bob");
+  await isNewer("New notice ↓");
+  await page.click("#newer");
+  await maria.isAtEnd();
+  await page.waitForSelector("#newer", { state: "hidden" });
+});
+
+browserTest(
+  "the page follows the conversation while the height of the log changes",
+  async () => {
+    await using room = await open({ rate: 0 });
+    await using bob = await Terminal.join(room.server, "bob");
+    await using maria = await Visitor.join(room.url, "maria");
+    const { page } = maria;
+    await bob.say(...Array.from({ length: 200 }, (_, i) => `line ${i}`));
+    await maria.sees(/line 199/);
+    await maria.isAtEnd();
+    // After a line is shown, and before the browser reports the scroll, something
+    // below the log becomes 40 pixels higher, and later lower.
+    await page.evaluate(`new MutationObserver(() => {
+      const trouble = document.getElementById("trouble");
+      setTimeout(() => trouble.hidden = !trouble.hidden);
+    }).observe(document.getElementById("log"), { childList: true })`);
+    for (let i = 0; i < 6; i++) {
+      await bob.say(`step ${i}`);
+      await maria.sees(new RegExp(`step ${i}$`));
+      await page.waitForSelector("#trouble", {
+        state: i % 2 === 0 ? "visible" : "hidden",
+      });
+      await maria.isAtEnd();
+    }
+    assertEquals(await page.isVisible("#newer"), false);
+    // A person who scrolls is not moved by it.
+    await page.hover("#log");
+    await page.mouse.wheel(0, -300);
+    await eventually(async () => await maria.distance() > 200, "the scroll");
+    const top = () => page.locator("#log").evaluate((log) => log.scrollTop);
+    await eventually(async () => {
+      const before = await top();
+      await page.waitForTimeout(100);
+      return await top() === before;
+    }, "the end of the scroll");
+    const before = await top();
+    await bob.say("step 6");
+    await page.waitForSelector("#newer:has-text('1 new message')");
+    assertEquals(await top(), before);
+  },
+);
 
 browserTest("the title counts unread messages", async () => {
   await using room = await open();
