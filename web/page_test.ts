@@ -14,7 +14,8 @@ import {
   type Page,
   // deno-lint-ignore no-import-prefix
 } from "npm:playwright-core@1.65.1";
-import { ChatServer, type Options } from "../main.ts";
+import { Report } from "../link/report.ts";
+import { type Attachment, ChatServer, type Options } from "../main.ts";
 import {
   eventually,
   makeCertificate,
@@ -151,6 +152,20 @@ class Visitor implements AsyncDisposable {
     await this.page.context().close();
     assertEquals(this.errors, []);
   }
+}
+
+/** Lets a test add and remove people, as a link to other servers does. */
+function attachServers(server: ChatServer): Attachment {
+  const ignore = () => {};
+  return server.attach({
+    said: ignore,
+    joined: ignore,
+    left: ignore,
+    renamed: ignore,
+    away: ignore,
+    toldPrivately: ignore,
+    stopping: () => Promise.resolve(),
+  });
 }
 
 browserTest("a browser and a terminal talk", async () => {
@@ -672,6 +687,99 @@ browserTest(
     });
   },
 );
+
+browserTest(
+  "the list of people stays correct when other servers link, stop or are gone",
+  async () => {
+    await using room = await open({ rate: 0 });
+    const link = attachServers(room.server);
+    let now = 0;
+    const report = new Report(
+      () => now += 1_000,
+      (line) => link.notice(line),
+      () => {},
+    );
+    await using maria = await Visitor.join(room.url, "maria");
+    // So many that the answer to /who is several lines.
+    const paris = Array.from(
+      { length: 150 },
+      (_, i) => `${"someone".repeat(3)}${i}@paris`,
+    );
+    const steps = [
+      ["linked", paris],
+      ["gone", []],
+      ["back", paris.slice(10)],
+      ["stopped", []],
+      ["linked", paris],
+      ["started", paris.slice(0, 2)],
+    ] as const;
+    let before: readonly string[] = [];
+    for (const [event, after] of steps) {
+      for (const name of before) link.remove(name);
+      for (const name of after) link.add(name);
+      await maria.page.evaluate("lastRefresh = 0"); // it waits for ten seconds
+      report.server(event, "paris", Math.abs(after.length - before.length));
+      await maria.seesPeople(1 + after.length);
+      assertEquals(
+        (await maria.people()).sort(),
+        ["maria (you)", ...after].sort(),
+      );
+      before = after;
+    }
+    for (const name of paris.slice(0, 3)) link.add(name);
+    await maria.page.evaluate("lastRefresh = 0");
+    report.server("linked", "paris", 1);
+    report.server("linked", "tokyo", 0);
+    await maria.seesPeople(4);
+    const lines = await maria.lines();
+    // The page's own questions are not shown.
+    assertEquals(lines.filter((line) => /^Here now/.test(line)), []);
+    assertEquals(lines.filter((line) => /^paris /.test(line)).length, 7);
+  },
+);
+
+browserTest("a typed /who replaces the list of people", async () => {
+  await using room = await open({ rate: 0 });
+  const link = attachServers(room.server);
+  await using maria = await Visitor.join(room.url, "maria");
+  const paris = Array.from(
+    { length: 150 },
+    (_, i) => `${"someone".repeat(3)}${i}@paris`,
+  );
+  for (const name of paris) link.add(name, { away: "" });
+  await maria.say("/who");
+  await maria.seesPeople(151);
+  assertEquals(
+    (await maria.people()).sort(),
+    ["maria (you)", ...paris].sort(),
+  );
+  for (const name of paris.slice(1)) link.remove(name);
+  await maria.say("/who");
+  await maria.seesPeople(2);
+  assertEquals(await maria.people(), ["maria (you)", paris[0]]);
+  link.remove(paris[0]);
+  await maria.say("/who");
+  await maria.seesPeople(1);
+  const answers = (await maria.lines())
+    .filter((line) => /^Here now/.test(line));
+  assert(answers.length > 4, answers.join("\n"));
+});
+
+browserTest("a page that joins a crowd lists all of it", async () => {
+  await using room = await open({ rate: 0 });
+  const link = attachServers(room.server);
+  const paris = Array.from({ length: 30 }, (_, i) => `p${i}@paris`);
+  for (const name of paris) link.add(name);
+  await using maria = await Visitor.join(room.url, "maria");
+  await maria.seesPeople(31);
+  assertEquals(
+    (await maria.people()).sort(),
+    ["maria (you)", ...paris].sort(),
+  );
+  const lists = (await maria.lines()).filter((line) => /^Here now/.test(line));
+  assertEquals(lists.length, 1);
+  assertMatch(lists[0], /, and 10 more \(30\)$/);
+});
 
 browserTest("axe finds no serious fault", async () => {
   await using room = await open();
