@@ -568,12 +568,30 @@ browserTest(
       "joanna",
       "anna-lena",
       "\u{1d44e}anna",
+      "anna@paris is someone else, and so is bob@anna",
+      "@anna, not anna@paris",
       "the end",
     );
     await anna.sees(/the end/);
     assertEquals(
       await anna.page.locator("#log .mention .text").allTextContents(),
-      ["annabel asks ANNA", "(anna)"],
+      ["annabel asks ANNA", "(anna)", "@anna, not anna@paris"],
+    );
+  },
+);
+
+browserTest(
+  "a name with letters of any script is found as a word",
+  async () => {
+    await using room = await open();
+    await using bob = await Terminal.join(room.server, "bob");
+    await using visitor = await Visitor.join(room.url, "Ünal");
+    const named = ["Ünalxyz told Ünal yes", "U\u0308nal?", "so says ÜNAL"];
+    await bob.say(...named, "Ünal@paris", "Ünal\u0301", "Ünalxyz", "the end");
+    await visitor.sees(/the end/);
+    assertEquals(
+      await visitor.page.locator("#log .mention .text").allTextContents(),
+      named,
     );
   },
 );
