@@ -191,6 +191,92 @@ browserTest("a browser and a terminal talk", async () => {
   await maria.sees(/[^/]\/who is a command/);
 });
 
+browserTest(
+  "a command behind white space is shown as what the server makes of it",
+  async () => {
+    await using room = await open({ rate: 0 });
+    await using bob = await Terminal.join(room.server, "bob");
+    await using maria = await Visitor.join(room.url, "maria");
+    await bob.find(/is now known as maria$/);
+    // The server removes a character that does not show before a slash.
+    const secrets = [
+      " /msg bob secret",
+      "\t/W bob secret",
+      "\u3000/whisper bob secret",
+      "\u200b/pm bob secret",
+      " \u2060 /tell bob secret",
+    ];
+    for (const line of secrets) {
+      await maria.say(line);
+      assertEquals(await bob.find(/secret/), "[maria -> you] secret");
+    }
+    await maria.say(" /who");
+    await maria.sees(/^Here now: .*\(2\)$/);
+    await maria.say("  /me  dances ");
+    assertEquals(await bob.find(/dances/), "** maria dances");
+    await maria.sees(/^maria dances$/);
+    await maria.say("/été");
+    await maria.sees(/^Unknown command \/été/);
+    await maria.say("\u200b/nonsense");
+    await maria.sees(/^Unknown command \/nonsense/);
+    for (const line of [" /nonsense is text", " //who", "\u200bhello"]) {
+      await maria.say(line);
+      assertEquals(await bob.next(), `[maria] ${line}`);
+    }
+    await maria.say("\u200b \u2800"); // shows nothing: the server drops it
+    await maria.say("the end");
+    assertEquals(await bob.next(), "[maria] the end");
+    await maria.sees(/the end/);
+    const shown = (selector: string) =>
+      maria.page.locator(`#log .own${selector} .text`).allTextContents();
+    assertEquals(await shown(".say"), [
+      " /nonsense is text",
+      " //who",
+      "\u200bhello",
+      "the end",
+    ]);
+    assertEquals(
+      await maria.page.locator("#log .command .text").allTextContents(),
+      ["/who", "/été", "/nonsense"],
+    );
+    assertEquals(await maria.page.locator("#log .private").count(), 5);
+  },
+);
+
+browserTest("a piece of a long message is no command", async () => {
+  await using room = await open({ rate: 0 });
+  await using bob = await Terminal.join(room.server, "bob");
+  await using maria = await Visitor.join(room.url, "maria");
+  await bob.find(/is now known as maria$/);
+  const letters = "y".repeat(4_000), slash = "/" + "z".repeat(5_000) + ".";
+  await maria.say(`${letters}  /quit now\n${slash}`);
+  assertEquals(await bob.next(), `[maria] ${letters}`);
+  assertEquals(await bob.next(), "[maria] /quit now");
+  assertEquals(await bob.next(), `[maria] ${slash.slice(0, 4_000)}`);
+  assertEquals(await bob.next(), `[maria] ${slash.slice(4_000)}`);
+});
+
+browserTest("the page knows every command of the server", async () => {
+  await using room = await open({ rate: 0 });
+  await using bob = await Terminal.join(room.server, "bob");
+  await using maria = await Visitor.join(room.url, "maria");
+  await bob.find(/is now known as maria$/);
+  await bob.say("/help", "/msg bob the end");
+  const names: string[] = [];
+  for (let line; !/the end/.test(line = (await bob.next())!);) {
+    const name = /^\* \/(\w+)/.exec(line)?.[1];
+    if (name) names.push(name);
+  }
+  assert(names.includes("who"));
+  for (const name of [...names]) {
+    await bob.say(`/help ${name}`);
+    const also = /\(also (.*)\)$/.exec((await bob.find(/^\* \//))!)?.[1];
+    names.push(...also?.split(", ").map((it) => it.slice(1)) ?? []);
+  }
+  const known = await maria.page.evaluate<string[]>("[...KNOWN_COMMANDS]");
+  assertEquals(known.sort(), names.sort());
+});
+
 browserTest("with TLS the page and the chat are encrypted", async () => {
   const { cert, key } = await makeCertificate();
   await using room = await open({}, { tlsCert: cert, tlsKey: key });
