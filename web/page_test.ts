@@ -277,6 +277,58 @@ browserTest("the page knows every command of the server", async () => {
   assertEquals(known.sort(), names.sort());
 });
 
+browserTest("after /bell on the page rings", async () => {
+  await using room = await open({ rate: 0 });
+  await using bob = await Terminal.join(room.server, "bob");
+  await using maria = await Visitor.join(room.url, "maria");
+  await bob.find(/is now known as maria$/);
+  await maria.page.evaluate(`
+    globalThis.rung = 0;
+    const start = OscillatorNode.prototype.start;
+    OscillatorNode.prototype.start = function (...when) {
+      globalThis.rung++;
+      return start.apply(this, when);
+    };
+  `);
+  const rung = () => maria.page.evaluate<number>("rung");
+  await bob.say("maria: no bell yet");
+  await maria.sees(/no bell yet/);
+  assertEquals(await rung(), 0);
+  await maria.say("/bell on");
+  await maria.sees(/rings when/);
+  await bob.say("/msg maria psst");
+  await eventually(async () => await rung() === 1, "the bell");
+  await bob.say("nothing for her");
+  await maria.sees(/nothing for her/);
+  assertEquals(await rung(), 1);
+  // A tone that is still heard is not played twice.
+  await eventually(async () => {
+    await bob.say("maria: you are named");
+    return await rung() > 1;
+  }, "the next bell");
+});
+
+browserTest("a browser without sound shows the messages", async () => {
+  await using room = await open();
+  await using bob = await Terminal.join(room.server, "bob");
+  await using maria = await Visitor.join(room.url, "maria");
+  await bob.find(/is now known as maria$/);
+  await maria.say("/bell on");
+  await maria.sees(/rings when/);
+  for (
+    const broken of [
+      "undefined",
+      "class { constructor() { throw new Error('no device') } }",
+      "class { state = 'suspended'; resume() { return Promise.reject() } }",
+    ]
+  ) {
+    await maria.page.evaluate(`globalThis.AudioContext = ${broken}; 0`);
+    await maria.say("/bell on");
+    await bob.say(`/msg maria ${broken}`);
+    await maria.page.locator("#log .private", { hasText: broken }).waitFor();
+  }
+});
+
 browserTest("with TLS the page and the chat are encrypted", async () => {
   const { cert, key } = await makeCertificate();
   await using room = await open({}, { tlsCert: cert, tlsKey: key });
