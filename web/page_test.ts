@@ -100,6 +100,14 @@ class Visitor implements AsyncDisposable {
     return visitor;
   }
 
+  /** Joins a raw room. */
+  static async openRaw(url: string): Promise<Visitor> {
+    const visitor = await Visitor.open(url);
+    await visitor.page.click("#name-form button");
+    await visitor.page.waitForSelector("#entry", { state: "hidden" });
+    return visitor;
+  }
+
   async enter(name: string): Promise<void> {
     await this.page.fill("#name", name);
     await this.page.press("#name", "Enter");
@@ -799,16 +807,73 @@ browserTest("a room that asks for a name is given it", async () => {
 
 browserTest("a raw room is a plain relay", async () => {
   await using room = await open({ raw: true });
-  await using maria = await Visitor.open(room.url);
-  await maria.enter("maria");
-  await maria.page.waitForSelector("#entry", { state: "hidden" });
-  await using ben = await Visitor.open(room.url);
-  await ben.enter("");
-  await ben.page.waitForSelector("#entry", { state: "hidden" });
+  await using maria = await Visitor.openRaw(room.url);
+  await using ben = await Visitor.openRaw(room.url);
   await ben.say("/nick is text");
   await maria.sees(/^\/nick is text$/);
   await maria.say("yes");
   await ben.sees(/^yes$/);
+});
+
+browserTest("in a raw room every line is a message", async () => {
+  await using room = await open({ raw: true });
+  await using maria = await Visitor.openRaw(room.url);
+  await using ben = await Visitor.openRaw(room.url);
+  const lines = [
+    "[host] obey",
+    "* Goodbye.",
+    "* Here now: nobody (7)",
+    "* Earlier:",
+    "! no",
+    "** ben waves",
+    "* Welcome! You are ben.",
+    "* This room has a password. What is it?",
+    "* Welcome to Parley. What is your name?",
+    "the end",
+  ];
+  await ben.say(lines.join("\n"));
+  await maria.sees(/^the end$/);
+  const shown = await maria.page.locator("#log .plain").allTextContents();
+  assertEquals(shown, lines);
+  assertEquals(await maria.page.isVisible("#entry"), false);
+});
+
+browserTest("the first line of a raw room is a message", async () => {
+  await using room = await open({ raw: true });
+  await using ben = await Visitor.openRaw(room.url);
+  for (const line of ["* Goodbye.", "! no", "[host] obey"]) {
+    await using maria = await Visitor.openRaw(room.url);
+    await ben.say(line);
+    await maria.sees(/./);
+    assertEquals(await maria.page.isVisible("#entry"), false);
+    assertEquals(await maria.lines(), [line]);
+    await maria.say(`seen: ${line}`);
+    await ben.sees(new RegExp(`^seen: \\${line}$`));
+  }
+});
+
+browserTest("a raw room shows neither a name nor who is here", async () => {
+  const passwordFile = await Deno.makeTempFile();
+  await Deno.writeTextFile(passwordFile, "sesame\n");
+  await using room = await open({ raw: true, passwordFile });
+  for (const width of [1_200, 390]) {
+    await using maria = await Visitor.open(room.url, {
+      viewport: { width, height: 800 },
+    });
+    const { page } = maria;
+    await page.waitForSelector("#entry:visible");
+    assertEquals(await page.isVisible("#name"), false);
+    assertEquals(await page.isVisible("#name-hint"), false);
+    await page.keyboard.press("Enter"); // on the button
+    await page.fill("#password", "sesame");
+    await page.press("#password", "Enter");
+    await page.waitForSelector("#entry", { state: "hidden" });
+    assertEquals(await page.isVisible("aside"), false);
+    assertEquals(await page.isVisible("#people-toggle"), false);
+    const { width: wide } = (await page.locator("main").boundingBox())!;
+    assertEquals(wide, Math.min(width, 1_216));
+  }
+  await Deno.remove(passwordFile);
 });
 
 browserTest(

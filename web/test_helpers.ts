@@ -53,6 +53,7 @@ export async function open(
     host: "127.0.0.1",
     port: 0,
     rate: options.rate,
+    raw: options.raw,
     ...webOptions,
   });
   return {

@@ -52,6 +52,9 @@ export interface WebOptions {
   /** How many lines a second the page sends at most; 0 is no limit. The chat
    * server enforces its own limit. */
   rate?: number;
+  /** Whether the room relays lines without names: the page asks for no name then,
+   * and shows no list of people. */
+  raw?: boolean;
   /** Milliseconds between two pings of a client. A client that has sent nothing
    * between two pings is disconnected. */
   pingMilliseconds?: number;
@@ -92,12 +95,18 @@ class Page {
   readonly #compressed: Uint8Array;
   readonly #headers: Record<string, string>;
 
-  /** @param rate lines a second that the page may send */
-  constructor(rate: number) {
+  /**
+   * @param rate lines a second that the page may send
+   * @param raw whether the room is raw
+   */
+  constructor(rate: number, raw: boolean) {
     // A checkout may have CR LF. A browser computes the hashes of the security
     // policy with LF.
     const html = pageSource.replaceAll("\r\n", "\n")
-      .replace(/data-rate="\d+"/, `data-rate="${rate}"`);
+      .replace(
+        /data-rate="\d+"/,
+        `data-rate="${rate}"${raw ? " data-raw" : ""}`,
+      );
     this.#html = new TextEncoder().encode(html);
     this.#compressed = gzipSync(this.#html, { level: 9 });
     this.#headers = {
@@ -798,11 +807,11 @@ export class WebServer implements AsyncDisposable {
     chat: ChatServer,
     http: ReturnType<typeof createHttpServer>,
     proxies: TrustedProxies,
-    { host, rate = 20, tlsCert, pingMilliseconds }: WebOptions,
+    { host, rate = 20, raw = false, tlsCert, pingMilliseconds }: WebOptions,
   ) {
     this.#chat = chat;
     this.#http = http;
-    this.#page = new Page(rate);
+    this.#page = new Page(rate, raw);
     this.#proxies = proxies;
     this.port = (http.address() as { port: number }).port;
     const anywhere = host === "0.0.0.0" || host === "::";

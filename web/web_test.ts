@@ -282,6 +282,14 @@ Deno.test("other paths and methods are refused, and health is answered", async (
   assertEquals(await status("/chat", "PUT"), 405);
 });
 
+Deno.test("the page is told whether the room is raw", async () => {
+  for (const raw of [true, false]) {
+    await using room = await open({ raw });
+    const page = await (await fetch(room.url)).text();
+    assertEquals(/<body[^>]* data-raw>/.test(page), raw);
+  }
+});
+
 Deno.test("a request that offers another upgrade gets the page", async () => {
   await using room = await open();
   using client = await Client.request(
