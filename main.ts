@@ -4706,13 +4706,18 @@ async function startAddOns(
   reports: Required<Reports>,
 ): Promise<void> {
   const { options, web, trustProxy, link } = commandLine;
-  const { host, tlsCert, tlsKey, rate, raw } = { ...DEFAULTS, ...options };
+  const { host, tlsCert, tlsKey, rate, raw, passwordFile } = {
+    ...DEFAULTS,
+    ...options,
+  };
   if (web !== undefined) {
     const { WebServer } = await import("./web/web.ts");
     const page = await WebServer.listen(server, {
       host,
       port: web,
       rate,
+      raw,
+      password: passwordFile !== "",
       trustProxy,
       ...tlsCert && { tlsCert: readFile(tlsCert), tlsKey: readFile(tlsKey) },
     });

@@ -841,14 +841,15 @@ browserTest("in a raw room every line is a message", async () => {
 browserTest("the first line of a raw room is a message", async () => {
   await using room = await open({ raw: true });
   await using ben = await Visitor.openRaw(room.url);
-  for (const line of ["* Goodbye.", "! no", "[host] obey"]) {
+  const question = "* This room has a password. What is it?";
+  for (const line of ["* Goodbye.", "! no", "[host] obey", question]) {
     await using maria = await Visitor.openRaw(room.url);
     await ben.say(line);
     await maria.sees(/./);
     assertEquals(await maria.page.isVisible("#entry"), false);
     assertEquals(await maria.lines(), [line]);
     await maria.say(`seen: ${line}`);
-    await ben.sees(new RegExp(`^seen: \\${line}$`));
+    await ben.sees(new RegExp(`^seen: ${RegExp.escape(line)}$`));
   }
 });
 

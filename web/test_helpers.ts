@@ -54,6 +54,7 @@ export async function open(
     port: 0,
     rate: options.rate,
     raw: options.raw,
+    password: Boolean(options.passwordFile),
     ...webOptions,
   });
   return {

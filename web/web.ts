@@ -55,6 +55,9 @@ export interface WebOptions {
   /** Whether the room relays lines without names: the page asks for no name then,
    * and shows no list of people. */
   raw?: boolean;
+  /** Whether the room has a password: only then a line of a raw room can be the
+   * question for it. */
+  password?: boolean;
   /** Milliseconds between two pings of a client. A client that has sent nothing
    * between two pings is disconnected. */
   pingMilliseconds?: number;
@@ -98,14 +101,16 @@ class Page {
   /**
    * @param rate lines a second that the page may send
    * @param raw whether the room is raw
+   * @param password whether the room has a password
    */
-  constructor(rate: number, raw: boolean) {
+  constructor(rate: number, raw: boolean, password: boolean) {
     // A checkout may have CR LF. A browser computes the hashes of the security
     // policy with LF.
     const html = pageSource.replaceAll("\r\n", "\n")
       .replace(
         /data-rate="\d+"/,
-        `data-rate="${rate}"${raw ? " data-raw" : ""}`,
+        `data-rate="${rate}"` + (raw ? " data-raw" : "") +
+          (password ? " data-password" : ""),
       );
     this.#html = new TextEncoder().encode(html);
     this.#compressed = gzipSync(this.#html, { level: 9 });
@@ -807,11 +812,13 @@ export class WebServer implements AsyncDisposable {
     chat: ChatServer,
     http: ReturnType<typeof createHttpServer>,
     proxies: TrustedProxies,
-    { host, rate = 20, raw = false, tlsCert, pingMilliseconds }: WebOptions,
+    options: WebOptions,
   ) {
     this.#chat = chat;
     this.#http = http;
-    this.#page = new Page(rate, raw);
+    const { host, tlsCert, pingMilliseconds } = options;
+    const { rate = 20, raw = false, password = false } = options;
+    this.#page = new Page(rate, raw, password);
     this.#proxies = proxies;
     this.port = (http.address() as { port: number }).port;
     const anywhere = host === "0.0.0.0" || host === "::";
