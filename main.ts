@@ -172,9 +172,9 @@ const ESCAPE_BYTES = 32;
 const NUL = 0, BS = 8, TAB = 9, LF = 10, CR = 13, NAK = 21, ESC = 27;
 const SPACE = 32, SLASH = 47, TILDE = 126, DEL = 127;
 
-/** What {@linkcode LineSplitter} puts before a piece of a long message that begins
- * with a slash, and in place of a command or an answer that is too long. Neither can
- * be typed, as cleaning removes control characters. {@linkcode nextRun} reads them. */
+/** What {@linkcode LineSplitter} puts before each further piece of a long message,
+ * which is no command, and in place of a command or an answer that is too long. Neither
+ * can be typed: cleaning removes control characters. {@linkcode nextRun} reads them. */
 const PIECE = 1, TOO_LONG = 2;
 
 type Timer = ReturnType<typeof setTimeout>;
@@ -411,7 +411,8 @@ const BINARY = 0; // RFC 856
 /** How many bytes of replies to one read are enough to add no more. */
 const MOST_REPLY_BYTES = 192;
 
-/** The most bytes of a sub-negotiation: what has no end by then is no longer one. */
+/** The most bytes of a sub-negotiation. Without an end by then, the rest is skipped up
+ * to the next line end. */
 const SUBNEGOTIATION_BYTES = 4_096;
 
 const enum Telnet {
@@ -526,7 +527,8 @@ class LineSplitter {
   junk = 0;
   #partial: Uint8Array = NO_BYTES;
   #afterCr = false;
-  /** Within a line that is too long: what its first piece was. */
+  /** Within a line that is too long: what the first piece that shows something
+   * decided. */
   #long: "" | "message" | "refused" = "";
 
   /**
@@ -610,13 +612,19 @@ class LineSplitter {
     for (;;) {
       const lineEnd = bytes.indexOf(LF, start);
       const end = lineEnd < 0 ? bytes.length : lineEnd;
-      const isLong = end - start > LINE_BYTES;
-      if (!isLong && lineEnd < 0) break; // the rest waits for its line end
-      const pieceEnd = isLong ? cutBefore(bytes, start + LINE_BYTES) : end;
+      const hasMore = end - start > LINE_BYTES;
+      const pieceEnd = hasMore ? cutBefore(bytes, start + LINE_BYTES) : end;
       const piece = bytes.subarray(start, pieceEnd);
-      cleaned.push(this.#cleanPiece(piece, isLong, start === 0));
-      if (!isLong) this.#long = "";
-      start = isLong ? pieceEnd : end + 1;
+      const erased = this.#long ? piece.lastIndexOf(NAK) + 1 : 0;
+      if (erased > 0) { // Ctrl-U: for the person the line begins again here
+        this.#long = "";
+        start += erased;
+        continue;
+      }
+      if (!hasMore && lineEnd < 0) break; // the rest waits for its line end
+      cleaned.push(this.#cleanPiece(piece, hasMore, start === 0));
+      if (!hasMore) this.#long = "";
+      start = hasMore ? pieceEnd : end + 1;
     }
     this.#partial = this.#long === "refused" ? NO_BYTES : bytes.slice(start);
     return concatenate(cleaned);
@@ -625,21 +633,30 @@ class LineSplitter {
   /** Cleans a piece of a long line. The first that shows something decides whether
    * the line is refused.
    *
-   * @param isLong whether more of the line follows
+   * @param hasMore whether more of the line follows
+   * @param first whether it is the beginning of a chunk
    */
-  #cleanPiece(piece: Uint8Array, isLong: boolean, first: boolean): Uint8Array {
+  #cleanPiece(piece: Uint8Array, hasMore: boolean, first: boolean): Uint8Array {
     if (this.#long === "refused") return NO_BYTES;
     const clean = this.#clean(concatenate([piece, LINE_END]), first);
+    const text = decoder.decode(clean).trimEnd();
     if (this.#long === "message") {
-      const needsMark = clean[0] === SLASH;
-      return needsMark ? concatenate([Uint8Array.of(PIECE), clean]) : clean;
+      if (text === "") return NO_BYTES;
+      // After Backspace it may be the beginning of a line for the person.
+      const isErased = piece.includes(BS) || piece.includes(DEL);
+      if (isErased && this.refuses(text)) return this.#refuse(hasMore);
+      return concatenate([Uint8Array.of(PIECE), clean]);
     }
-    const start = decoder.decode(clean).trimEnd();
-    const decides = start !== "" && !hidesSlash(decoder.decode(piece));
-    if (!isLong || !decides) return clean;
-    const refused = this.refuses(start);
-    this.#long = refused ? "refused" : "message";
-    return refused ? Uint8Array.of(TOO_LONG, LF) : clean;
+    const decides = text !== "" && !hidesSlash(decoder.decode(piece));
+    if (!hasMore || !decides) return clean;
+    if (this.refuses(text)) return this.#refuse(hasMore);
+    this.#long = "message";
+    return clean;
+  }
+
+  #refuse(hasMore: boolean): Uint8Array {
+    if (hasMore) this.#long = "refused";
+    return Uint8Array.of(TOO_LONG, LF);
   }
 }
 
@@ -655,9 +672,8 @@ function hasLongLine(bytes: Uint8Array): boolean {
   return false;
 }
 
-/** Where a line is cut that has no more than the bytes before `offset` in one piece:
- * before a character, and before the escape sequence of a key, half of which would be
- * letters. */
+/** Where a piece ends that has the bytes before `offset`, or a few less: it divides no
+ * character, and no escape sequence of a key, half of which would be letters. */
 function cutBefore(bytes: Uint8Array, offset: number): number {
   const end = characterStart(bytes, offset);
   const last = bytes.subarray(end - ESCAPE_BYTES, end);
@@ -1188,7 +1204,8 @@ function countLines(lines: Uint8Array): number {
 
 /** Lines that can be handled together. */
 interface Run {
-  /** A command, perhaps; or a line that is too long for one, which is not there. */
+  /** `command`: a line that may be one. `too long` stands for a command or an answer
+   * that was too long, and whose text was dropped. */
   kind: "message" | "command" | "too long";
   start: number;
   end: number;
@@ -1287,11 +1304,12 @@ class JoinLeaveNotices {
     this.#left = [];
     const people = [...entered, ...left.map(({ person }) => person)];
     if (people.length === 0) return;
-    const [{ name, reason }] = [...left, { name: people[0].name, reason: "" }];
-    const change = left.length === 1 ? "left" : "entered";
-    const text = people.length === 1
-      ? changeText(change, name, reason)
-      : gatheredText(entered.length, left);
+    if (people.length > 1) {
+      return this.room.noticeChange(gatheredText(entered.length, left), people);
+    }
+    const text = left.length === 1
+      ? changeText("left", left[0].name, left[0].reason)
+      : changeText("entered", entered[0].name, "");
     this.room.noticeChange(text, people);
   }
 }
@@ -1355,10 +1373,9 @@ interface TurnTaker {
  */
 class Turns {
   #number = 0;
-  /** When the client began that is being served, in milliseconds of
-   * `performance.now`: called for each use of it, that would take a twentieth of the
-   * time of a line between two people. */
-  #began = 0;
+  /** When serving the present client began, in milliseconds of `performance.now`: to
+   * call that for each use would take a twentieth of the time of a line. */
+  #servedSince = 0;
   #worked = 0;
   #bytes = 0;
   #answers = 0;
@@ -1377,14 +1394,14 @@ class Turns {
   /** @param flush starts to write what was appended in the turn */
   constructor(readonly flush: () => void) {}
 
-  /** Whether the turn ends soon. */
+  /** Whether the end of this turn is scheduled. */
   get isEnding(): boolean {
     return this.#ending;
   }
 
-  /** When the client began that is being served. */
-  get began(): number {
-    return this.#began;
+  /** When serving the present client began. */
+  get servedSince(): number {
+    return this.#servedSince;
   }
 
   /** Has `taker` say what is next, if it may in this turn and nobody waits. */
@@ -1430,7 +1447,7 @@ class Turns {
   beginWrite(): Writes {
     const writes = this.#writes.at(-1)!;
     if (writes.count === 0) {
-      writes.began = this.#serving ? this.#began : performance.now();
+      writes.began = this.#serving ? this.#servedSince : performance.now();
     }
     writes.count++;
     return writes;
@@ -1473,7 +1490,7 @@ class Turns {
 
   /** Returns when it has served `taker`. */
   #serve(taker: TurnTaker, now: number): number {
-    this.#began = now;
+    this.#servedSince = now;
     this.#serving = true;
     taker.sayNext();
     this.#serving = false;
@@ -1546,7 +1563,7 @@ class Room {
   /** Those who have a name, by {@linkcode nameKey}. */
   readonly people = new Map<string, Person>();
   /** Those who receive no notices of joining, leaving and new names, and those who
-   * receive none of clients of this server that join and leave. */
+   * receive none that is only of clients of this server that join and leave. */
   readonly quiet = new Set<Person>();
   readonly quietOnClients = new Set<Person>();
   /** Those whose terminals ring when they are named. */
@@ -1638,14 +1655,16 @@ class Room {
     person.name = name;
     this.#listChanged(person);
     for (const link of this.#linksFor(person)) link.renamed(before, name);
-    // Nobody knows the name before if the notice of joining is yet to come.
-    if (!this.#notices.has(person)) {
+    if (this.#notices.has(person)) {
+      // The others will be told that this person has entered, under the new name.
+      for (const other of this.quietOnClients) other.tell(text);
+    } else {
       const start = this.log.end;
       this.#append(text, NO_BYTES, person);
       for (const other of this.quiet) other.reader?.skip(start);
       this.#flushSoon();
     }
-    person.tell(text); // though it may be quiet, this is the answer
+    person.tell(text); // in any case: this answers /nick
   }
 
   /** Takes `person` out, and tells the others unless `silent`; its reader may still
@@ -1758,7 +1777,8 @@ class Room {
   #ring(from: Person, text: string): void {
     const words = new Set(text.split(/[^\p{L}\p{M}\p{Nd}_@-]+/u).map(nameKey));
     for (const word of words) {
-      const person = this.find(word);
+      const person = this.people.get(word) ??
+        (word.includes("@") ? this.find(word) : undefined);
       if (!person || person === from || !this.bells.has(person)) continue;
       if (!person.ignored?.has(from)) person.tell("\x07");
     }
@@ -1784,8 +1804,8 @@ class Room {
     this.#notices.add(change, person, reason);
   }
 
-  /** Tells those who want to know that `people` joined or left. Those who ignore the
-   * only one are not told. */
+  /** Tells those who want to know that `people` joined or left. A notice about one
+   * person alone is hidden from that person and from those who ignore them. */
   noticeChange(text: string, people: Person[]): void {
     const start = this.log.end,
       only = people.length === 1 ? people[0] : undefined;
@@ -1818,6 +1838,7 @@ class Room {
   /** Begins with lines that were said before, each with the time of it. */
   restoreHistory(lines: { time: Date; line: string }[]): void {
     const today = dateText(new Date());
+    this.stamp(); // or the clock would not know later that this day has ended
     for (const { time, line } of lines) {
       const date = dateText(time), day = date === today ? "" : `${date} `;
       const stamp = this.options.timestamps ? `${day}${timeText(time)} ` : "";
@@ -1906,8 +1927,7 @@ export interface Connection {
   read(buffer: Uint8Array): Promise<number | null>;
   /** Writes some of `bytes`; resolves to how many. */
   write(bytes: Uint8Array): Promise<number>;
-  /** Ends both directions at once. Writes that have resolved still arrive, where the
-   * other side has ended what it sends. */
+  /** Ends both directions at once, with whatever is pending. */
   close(): void;
   /** Ends what is written (a half-close), where the connection can do that. */
   closeWrite?(): Promise<void>;
@@ -2046,8 +2066,9 @@ class Pace {
     this.access.charge(this.record, lines);
   }
 
-  /** How many milliseconds the client has to wait before it is read again. What is
-   * not read, TCP holds back at the sender: nothing is dropped. */
+  /** Counts what was earned since the last call, and tells for how many milliseconds
+   * the client has to wait. What is not read meanwhile, TCP holds back at the sender:
+   * nothing is dropped. */
   pause(): number {
     const { rate } = this.access.options, most = rate * BURST_SECONDS;
     if (rate === 0) return 0;
@@ -2334,7 +2355,7 @@ class Client extends Person implements Sink, TurnTaker {
 
   /** Says the next lines: public ones together, or some others, one by one. */
   sayNext(): void {
-    if (this.#input.hasLine) this.lastLine = this.room.turns.began;
+    if (this.#input.hasLine) this.lastLine = this.room.turns.servedSince;
     for (let others = 0; others < MOST_COMMANDS; others++) {
       if (this.left || this.#question || !this.#input.hasLine) return;
       if (this.pace.lines < 1 || this.reader.isBacklogged) return;
@@ -2435,16 +2456,16 @@ class Client extends Person implements Sink, TurnTaker {
     this.#stopSleeping();
     if (!drain) return this.#close();
     this.reader.end();
-    if (this.#closed) return; // a timer for each client that leaves takes 1.3 KB
+    if (this.#closed) return; // without a timer, which takes 1.3 KB
     this.#setDeadline(DRAIN_MILLISECONDS, () => this.#close());
   }
 
   drained(): void {
-    const { closeWrite, handshake } = this.connection;
-    // The other side has ended, and the system sends what it was given: to close
-    // is enough, but not for what is still to be encrypted.
-    const isEnd = this.#inputEnded && !handshake;
-    if (isEnd || !closeWrite) return this.#close();
+    const { connection } = this;
+    // If the client has ended its side, closing a TCP connection is enough: the system
+    // still delivers what it took.
+    const isEnd = this.#inputEnded && "setNoDelay" in connection;
+    if (isEnd || !connection.closeWrite) return this.#close();
     this.#endOutput();
   }
 
@@ -2492,6 +2513,7 @@ class Client extends Person implements Sink, TurnTaker {
 async function askPassword(client: Client): Promise<void> {
   const { access, room, pace: { record } } = client, reason = "no password";
   client.setAnswerDeadline(ANSWER_MILLISECONDS, reason);
+  await Promise.resolve(); // the new connection is reported first
   for (;;) {
     if (access.isLocked(record)) {
       const wait = "Too many wrong passwords from your address.";
@@ -2688,8 +2710,8 @@ class Commands<Actor extends Person> {
 
   /** Tells what all commands do, or the one that is named in `text`. */
   help(actor: Actor, text: string): void {
-    if (!text) return actor.tell(this.#overview ??= this.#allHelp());
     const name = text.slice(0, COMMAND_UNITS).replace(/^\//, "").toLowerCase();
+    if (!name) return actor.tell(this.#overview ??= this.#allHelp());
     const command = this.#byName.get(name);
     if (!command) {
       const what = `There is no command /${name}.`;
@@ -3079,7 +3101,7 @@ export class ChatServer implements AsyncDisposable {
     try {
       for (;;) {
         const next = await Promise.race([iterator.next(), this.finished]);
-        if (!next || next.done) break;
+        if (!next || next.done || this.stopping.aborted) break;
         operator.type(next.value);
       }
     } finally {
@@ -3358,7 +3380,7 @@ export class Attachment {
       stopping: async () => await events.stopping(),
     };
     room.links.add(this.#events);
-    room.ownNames.add(this.#name);
+    if (name) room.ownNames.add(this.#name);
   }
 
   /** The people of this server, with why they are away; `null`: they are not. */
@@ -3512,8 +3534,8 @@ const MOST_ADDRESSES = 1_000;
 interface AddressRecord {
   /** How many of its clients are connected. */
   clients: number;
-  /** How many lines they and earlier ones have sent beyond the rate, and when that
-   * was counted. */
+  /** How many lines they and earlier ones have sent, less what the rate has allowed
+   * since, and when that was counted. */
   debt: number;
   debtTime: number;
   wrongPasswords: number;
@@ -4345,8 +4367,13 @@ function kick(operator: Operator, text: string): void {
 function ban(operator: Operator, text: string): void {
   const [whom, reason] = firstWord(text), typed = parseNetwork(whom);
   const client = typed ? undefined : findClient(operator, whom);
-  const address = typed ?? parseNetwork(client?.address ?? "");
-  if (address === null) return;
+  if (!typed && !client) return;
+  const address = typed ?? parseNetwork(client!.address);
+  if (address === null) {
+    return operator.tellError(
+      `${whom} has no IP address. /kick ${whom} disconnects ${whom}.`,
+    );
+  }
   const network = countedNetwork(address), isThere = networkTest([network]);
   const there = operator.clients.filter(({ address }) => isThere(address));
   const others = there.filter((it) => it !== client);
@@ -4355,7 +4382,7 @@ function ban(operator: Operator, text: string): void {
     return operator.tellError(
       `Not banned: ${names} would be banned too. ` +
         `/ban ${network.text} bans them all, ` +
-        `/kick ${client.name} disconnects ${client.name} alone.`,
+        `/kick ${whom} disconnects ${whom} alone.`,
     );
   }
   operator.access.ban({ network, name: client?.name ?? "", reason });

@@ -1974,6 +1974,94 @@ Deno.test("the operator of a raw room disconnects one client by its address and 
   await alice.find(/still here/);
 });
 
+Deno.test("no piece of a long line is a command", async (t) => {
+  const long = "a".repeat(4_096);
+  const pieces = [
+    " /msg alice secret",
+    "/msg alice secret",
+    " /me waves",
+    "\u3000/nick zork",
+    "\t/quit",
+  ];
+  await t.step("of a client", async () => {
+    await using server = open();
+    await using alice = await Guest.join(server.port, "alice");
+    await using bob = await Guest.join(server.port, "bob");
+    await alice.find(/known as bob/);
+    for (const piece of pieces) {
+      await bob.say(long + piece);
+      assertEquals(await alice.next(), `[bob] ${long}`);
+      const [, text] = /^\[bob\] +(\/.*)$/.exec((await alice.next())!)!;
+      assertEquals(text, piece.trim());
+    }
+  });
+  await t.step("of the operator", async () => {
+    await using server = open();
+    await using alice = await Guest.join(server.port, "alice");
+    await using host = new Console(server);
+    await host.type(`${long} /kick alice`, `${long} /quit`, "still here");
+    assertEquals(await alice.next(), `[host] ${long}`);
+    assertEquals(await alice.next(), "[host]  /kick alice");
+    assertEquals(await alice.next(), `[host] ${long}`);
+    assertEquals(await alice.next(), "[host]  /quit");
+    assertEquals(await alice.next(), "[host] still here");
+  });
+});
+
+Deno.test("a command after a long line that was erased stays private", async () => {
+  await using server = open();
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await alice.find(/known as bob/);
+  const long = "a".repeat(4_096), later = "b".repeat(100);
+  // Ctrl-U begins the line again.
+  await bob.say(`${long}${later}\x15/msg alice one`);
+  assertEquals(await alice.next(), `[bob] ${long}`);
+  assertEquals(await alice.next(), "[bob -> you] one");
+  await bob.say(`/msg alice ${long}\x15/msg alice two`, "done");
+  assertEquals(await alice.next(), "[bob -> you] two");
+  assertEquals(await alice.next(), "[bob] done");
+  // After Backspace nobody knows where it begins: it is refused.
+  await bob.say(`${long}b${"\x7f".repeat(1_000)}/msg alice three`, "done");
+  assertEquals(await alice.next(), `[bob] ${long}`);
+  assertEquals(await alice.next(), "[bob] done");
+  await bob.find(
+    /^! Nothing was sent: a command can have 4096 bytes at most\./,
+  );
+});
+
+Deno.test("lines that are typed on the console after /quit are not taken", async () => {
+  const directory = await Deno.makeTempDir();
+  const log = `${directory}/chat.log`;
+  const server = open({ log });
+  const lines = ReadableStream.from(["hello", "/quit", "later"]);
+  await server.operate(lines, () => {});
+  await within(server.finished, "the end");
+  const said = await Deno.readTextFile(log);
+  assertMatch(said, /^\S+ \[host\] hello\n$/);
+  await Deno.remove(directory, { recursive: true });
+});
+
+Deno.test("a new connection is reported before it is refused for wrong passwords", async () => {
+  const passwordFile = await Deno.makeTempFile();
+  await Deno.writeTextFile(passwordFile, "sesame\n");
+  const printed: string[] = [];
+  await using server = open({ passwordFile }, printed);
+  for (let i = 0; i < 2; i++) {
+    await using guest = await Guest.connect(server.port);
+    await guest.say("a", "b", "c");
+    await guest.rest();
+  }
+  await eventually(() => printed.length === 4, "both have left");
+  assertEquals(printed.map((line) => line.split(" ")[0]), [
+    "New",
+    "Disconnected",
+    "New",
+    "Disconnected",
+  ]);
+  await Deno.remove(passwordFile);
+});
+
 Deno.test("a connection whose handshake throws costs only itself", async () => {
   await using server = open();
   const handshake = () => {
@@ -2228,7 +2316,8 @@ Deno.test("a client whose connection has failed stops within seconds where nobod
 Deno.test("a person whose lines wait is told so after two seconds, and again after ten", async (t) => {
   /** What somebody is told who pastes 600 lines, until the last of them is said. */
   const told = async (options: Partial<Options>, last: number) => {
-    using _clock = fastClock();
+    // Timers keep their time: faster, a pause would let half a burst through.
+    using _clock = fastClock(4);
     await using server = open({ rate: 20, ...options });
     await using alice = await Guest.connect(server.port);
     if (options.askName) await alice.say("alice");

@@ -100,11 +100,11 @@ export function hurry(milliseconds: number): Disposable {
   };
 }
 
-/** Lets the clock of this process, `performance.now`, run ten times as fast, until
- * it is disposed of. Timers keep their time. */
-export function fastClock(): Disposable {
+/** Lets the clock of this process, `performance.now`, run `factor` times as fast,
+ * until it is disposed of. Timers keep their time. */
+export function fastClock(factor = 10): Disposable {
   const { now } = performance, start = performance.now();
-  performance.now = () => start + 10 * (now.call(performance) - start);
+  performance.now = () => start + factor * (now.call(performance) - start);
   return {
     [Symbol.dispose]() {
       performance.now = now;
