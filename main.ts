@@ -220,9 +220,9 @@ const BLANK = /^[\p{White_Space}\p{DI}\u2800]*$/v;
 // alternatives, or a long run of them would take endlessly.
 const HIDDEN_START = new RegExp(
   "^(?:" + [
-    // Escape sequences that are broken off.
-    CSI + String.raw`[0-?]*[!-.]*`,
-    String.raw`(?:${STRING}|${SHIFT}|\x1b[\(\)#]?)[0-?]*`,
+    // Escape sequences that are broken off, in 7 and in 8 bits.
+    String.raw`\x1b(?:\[[0-?]*[!-.]*|[\]PX\^_NO\(\)#]?[0-?]*)`,
+    String.raw`\x9b[0-?]*[!-.]*|[\x8e-\x90\x98\x9d-\x9f][0-?]*`,
     // What shows nothing, or was no text; without what begins those sequences.
     String
       .raw`[[\p{White_Space}\p{DI}\p{Co}\p{Cn}\p{Cc}\u2028-\u202e\u2066-\u2069` +
@@ -260,7 +260,8 @@ export function cleanLine(line: string, { tabs = false } = {}): string {
  * commands. */
 function showStart(line: string): string {
   const first = line.charCodeAt(0);
-  if (first > SPACE && first <= TILDE) return line; // nothing hides anything
+  const isHidden = !(first > SPACE && first <= TILDE) && line.includes("/");
+  if (!isHidden) return line;
   return line.replace(
     HIDDEN_START,
     (start) => start.replace(/\p{Zs}/gu, " ").replace(/[^ \t]/gu, ""),
@@ -2653,13 +2654,17 @@ function beginsCommand(start: string): boolean {
 /** A table of commands. */
 class Commands<Actor extends Person> {
   readonly #byName = new Map<string, Command<Actor>>();
+  readonly #suggested: { name: string; letters: string }[];
   #overview: Uint8Array | null = null;
 
   /** @param unsafe a command that is not suggested for others */
-  constructor(readonly list: Command<Actor>[], readonly unsafe = "") {
+  constructor(readonly list: Command<Actor>[], unsafe = "") {
     for (const command of list) {
       for (const name of command[0].split(" ")) this.#byName.set(name, command);
     }
+    this.#suggested = list.map(([names]) => names.split(" ")[0])
+      .filter((name) => name !== unsafe)
+      .map((name) => ({ name, letters: sorted(name) }));
   }
 
   /**
@@ -2697,14 +2702,14 @@ class Commands<Actor extends Person> {
   /** The command that a word may mean: one of the same letters, what it is called
    * elsewhere, or the closest, unless that is quite another word; empty then. */
   #nearest(word: string): string {
-    const names = this.list.map(([names]) => names.split(" ")[0])
-      .filter((name) => name !== this.unsafe);
-    const letters = (word: string) => [...word].sort().join("");
-    const same = names.find((name) => letters(name) === letters(word));
-    const elsewhere = NAMES_ELSEWHERE.get(word) ?? "";
-    if (same || names.includes(elsewhere)) return same ?? elsewhere;
-    const closest = closestString(word, names);
+    const elsewhere = NAMES_ELSEWHERE.get(word) ?? "", letters = sorted(word);
+    const same = this.#suggested.find((it) => it.letters === letters);
+    const known = this.#suggested.find(({ name }) => name === elsewhere);
+    if (same || known) return (same ?? known)!.name;
     const most = word.length < 5 ? 1 : 2;
+    const names = this.#suggested.map(({ name }) => name)
+      .filter((name) => Math.abs(name.length - word.length) <= most);
+    const closest = names.length > 0 ? closestString(word, names) : "";
     return levenshteinDistance(word, closest) <= most ? closest : "";
   }
 
@@ -2734,6 +2739,11 @@ class Commands<Actor extends Person> {
     );
     return encoder.encode(lines.join(""));
   }
+}
+
+/** The letters of a word, in the order of the alphabet. */
+function sorted(word: string): string {
+  return [...word].sort().join("");
 }
 
 /** How a command is typed. */
