@@ -1553,6 +1553,124 @@ const LISTED_NAMES = 20;
 /** In a room of so many people all may be looked at to answer one of them. */
 const SMALL_ROOM = 100;
 
+/** Who is here, by name. */
+class People {
+  /** By {@linkcode nameKey}. */
+  readonly byKey = new Map<string, Person>();
+  /** The names of this server on its links, by {@linkcode nameKey}. */
+  readonly ownNames = new Set<string>();
+  #guests = 0;
+  /** What `/who` answers, and the first people and how they are listed: kept until
+   * one of them changes, as a crowd that joins would have both made for each. */
+  #everyone: Uint8Array | null = null;
+  #first: { people: Person[]; labels: string } | null = null;
+
+  get size(): number {
+    return this.byKey.size;
+  }
+
+  values(): MapIterator<Person> {
+    return this.byKey.values();
+  }
+
+  /** The person of that name, as people write it: `bob`, `bob,` or `@bob`; on the
+   * server that is linked as tokyo `bob@tokyo` too. */
+  find(name: string): Person | undefined {
+    const plain = name.replace(/^@|[,:]$/g, ""), at = plain.indexOf("@");
+    const isOwn = at > 0 && this.ownNames.has(nameKey(plain.slice(at + 1)));
+    return this.byKey.get(nameKey(name)) ??
+      this.byKey.get(nameKey(isOwn ? plain.slice(0, at) : plain));
+  }
+
+  /** A person on another server whose name begins with `name`, as `bob@paris` does;
+   * looked for only in a small room. */
+  findElsewhere(name: string): Person | undefined {
+    if (this.size > SMALL_ROOM) return;
+    const start = `${nameKey(name)}@`;
+    for (const [key, person] of this.byKey) {
+      if (key.startsWith(start)) return person;
+    }
+  }
+
+  /** A name that nobody has. */
+  guestName(): string {
+    let name;
+    do name = `guest${++this.#guests}`; while (this.byKey.has(name));
+    return name;
+  }
+
+  /** What is wrong with a name that `person` wants, or `null`. */
+  nameProblem(name: string | null, person: Person): string | null {
+    if (name === null) return NAME_RULE;
+    if (isReserved(name)) return `The name ${name} is reserved.`;
+    const owner = this.find(name);
+    return owner && owner !== person ? `The name ${name} is taken.` : null;
+  }
+
+  /** Adds a person under a name that has no {@linkcode People.nameProblem}. */
+  add(person: Person, name: string): void {
+    person.name = name;
+    this.byKey.set(nameKey(name), person);
+    this.changed(person);
+  }
+
+  rename(person: Person, name: string): void {
+    this.byKey.delete(nameKey(person.name));
+    this.add(person, name);
+  }
+
+  /** Tells whether `person` was here: not if no name was given yet. */
+  remove(person: Person): boolean {
+    const key = nameKey(person.name);
+    if (this.byKey.get(key) !== person) return false;
+    this.byKey.delete(key);
+    this.changed(person);
+    return true;
+  }
+
+  /** Someone has joined, left or changed. */
+  changed(person: Person): void {
+    this.#everyone = null;
+    const people = this.#first?.people ?? [];
+    if (people.length < LISTED_NAMES || people.includes(person)) {
+      this.#first = null;
+    }
+  }
+
+  /** The first of those who are here, in one line for a new client. */
+  get hereNow(): string {
+    const { size } = this;
+    if (size === 0) return "* Nobody else is here yet.\n";
+    if (this.#first === null) {
+      const people = [...this.values().take(LISTED_NAMES)];
+      this.#first = { people, labels: people.map(label).join(", ") };
+    }
+    const { people, labels } = this.#first, others = size - people.length;
+    const more = others > 0 ? `, and ${others} more` : "";
+    return `* Here now: ${labels}${more} (${size})\n`;
+  }
+
+  /** Everyone who is here, in lines of {@linkcode LINE_BYTES} at most; those of
+   * this server first. */
+  get everyone(): Uint8Array {
+    if (this.#everyone !== null) return this.#everyone;
+    let text = "", line = "* Here now:";
+    const people = [...this.values()];
+    const isRemote = (person: Person) => Number(person instanceof RemotePerson);
+    people.sort((a, b) => isRemote(a) - isRemote(b));
+    for (const person of people) {
+      const next = `${line} ${label(person)},`;
+      // A letter takes three bytes at most for a UTF-16 unit.
+      if (next.length * 3 > LINE_BYTES) {
+        text += line + "\n";
+        line = `* Here now: ${label(person)},`;
+      } else line = next;
+    }
+    text += `${line.replace(/,$/, "")} (${this.size})\n`;
+    return this.#everyone = encoder.encode(text);
+  }
+}
+
 const NO_LINKS: ReadonlySet<LinkEvents> = new Set();
 
 /** The people, what they say, and who receives it. */
@@ -1561,8 +1679,7 @@ class Room {
   readonly turns = new Turns(() => this.#flush());
   /** Everyone and everything that receives something, in the room or not yet. */
   readonly readers = new Set<Reader>();
-  /** Those who have a name, by {@linkcode nameKey}. */
-  readonly people = new Map<string, Person>();
+  readonly people = new People();
   /** Those who receive no notices of joining, leaving and new names, and those who
    * receive none that is only of clients of this server that join and leave. */
   readonly quiet = new Set<Person>();
@@ -1575,15 +1692,8 @@ class Room {
   webPage = "";
   transcript: Transcript | null = null;
   readonly links = new Set<LinkEvents>();
-  /** The names of this server on its links, by {@linkcode nameKey}. */
-  readonly ownNames = new Set<string>();
   /** Whether the last line has been said. */
   closed = false;
-  /** What `/who` answers, and the first people and how they are listed: kept until
-   * one of them changes, as a crowd that joins would have both made for each. */
-  #everyone: Uint8Array | null = null;
-  #first: { people: Person[]; labels: string } | null = null;
-  #guests = 0;
   readonly #history: History;
   readonly #notices = new JoinLeaveNotices(this);
   readonly #clock = new Clock((date) => this.#history.addDate(date));
@@ -1599,41 +1709,7 @@ class Room {
 
   // -- people
 
-  /** The person of that name, as people write it: `bob`, `bob,` or `@bob`; on the
-   * server that is linked as tokyo `bob@tokyo` too. */
-  find(name: string): Person | undefined {
-    const plain = name.replace(/^@|[,:]$/g, ""), at = plain.indexOf("@");
-    const isOwn = at > 0 && this.ownNames.has(nameKey(plain.slice(at + 1)));
-    return this.people.get(nameKey(name)) ??
-      this.people.get(nameKey(isOwn ? plain.slice(0, at) : plain));
-  }
-
-  /** A person on another server whose name begins with `name`, as `bob@paris` does;
-   * looked for only in a small room. */
-  findElsewhere(name: string): Person | undefined {
-    if (this.people.size > SMALL_ROOM) return;
-    const start = `${nameKey(name)}@`;
-    for (const [key, person] of this.people) {
-      if (key.startsWith(start)) return person;
-    }
-  }
-
-  /** A name that nobody has. */
-  guestName(): string {
-    let name;
-    do name = `guest${++this.#guests}`; while (this.people.has(name));
-    return name;
-  }
-
-  /** What is wrong with a name that `person` wants, or `null`. */
-  nameProblem(name: string | null, person: Person): string | null {
-    if (name === null) return NAME_RULE;
-    if (isReserved(name)) return `The name ${name} is reserved.`;
-    const owner = this.find(name);
-    return owner && owner !== person ? `The name ${name} is taken.` : null;
-  }
-
-  /** Lets `person` in under a name that has no {@linkcode nameProblem}. */
+  /** Lets `person` in under a name that has no {@linkcode People.nameProblem}. */
   enter(person: Person, name: string): void {
     this.add(person, name);
     this.#tellChange("entered", person, "");
@@ -1642,19 +1718,14 @@ class Room {
 
   /** Adds `person` to those who are here, without a notice. */
   add(person: Person, name: string): void {
-    person.name = name;
-    this.people.set(nameKey(name), person);
-    this.#listChanged(person);
+    this.people.add(person, name);
     for (const link of this.#linksFor(person)) link.joined(name);
   }
 
-  /** Gives `person` another name that has no {@linkcode nameProblem}. */
+  /** Gives `person` another name that has no {@linkcode People.nameProblem}. */
   rename(person: Person, name: string): void {
     const before = person.name, text = `* ${before} is now known as ${name}\n`;
-    this.people.delete(nameKey(before));
-    this.people.set(nameKey(name), person);
-    person.name = name;
-    this.#listChanged(person);
+    this.people.rename(person, name);
     for (const link of this.#linksFor(person)) link.renamed(before, name);
     if (this.#notices.has(person)) {
       // The others will be told that this person has entered, under the new name.
@@ -1679,7 +1750,7 @@ class Room {
     reason: string,
     { silent = false, mayReturn = false } = {},
   ): void {
-    const { ignored, ignoredBy } = person, key = nameKey(person.name);
+    const { ignored, ignoredBy } = person;
     person.replyTo = null; // or each would keep the one before in memory
     if (ignored) { for (const it of ignored) it.ignoredBy?.delete(person); }
     if (ignoredBy && !mayReturn) {
@@ -1688,59 +1759,15 @@ class Room {
     this.quiet.delete(person);
     this.quietOnClients.delete(person);
     this.bells.delete(person);
-    if (this.people.get(key) !== person) return; // it had no name yet
-    this.people.delete(key);
-    this.#listChanged(person);
+    if (!this.people.remove(person)) return;
     for (const link of this.#linksFor(person)) link.left(person.name, reason);
     if (!silent) this.#tellChange("left", person, reason);
   }
 
   setAway(person: Person, reason: string | null): void {
     person.away = reason;
-    this.#listChanged(person);
+    this.people.changed(person);
     for (const link of this.#linksFor(person)) link.away(person.name, reason);
-  }
-
-  /** Someone has joined, left or changed. */
-  #listChanged(person: Person): void {
-    this.#everyone = null;
-    const people = this.#first?.people ?? [];
-    if (people.length < LISTED_NAMES || people.includes(person)) {
-      this.#first = null;
-    }
-  }
-
-  /** The first of those who are here, in one line for a new client. */
-  get hereNow(): string {
-    const { size } = this.people;
-    if (size === 0) return "* Nobody else is here yet.\n";
-    if (this.#first === null) {
-      const people = [...this.people.values().take(LISTED_NAMES)];
-      this.#first = { people, labels: people.map(label).join(", ") };
-    }
-    const { people, labels } = this.#first, others = size - people.length;
-    const more = others > 0 ? `, and ${others} more` : "";
-    return `* Here now: ${labels}${more} (${size})\n`;
-  }
-
-  /** Everyone who is here, in lines of {@linkcode LINE_BYTES} at most; those of
-   * this server first. */
-  get everyone(): Uint8Array {
-    if (this.#everyone !== null) return this.#everyone;
-    let text = "", line = "* Here now:";
-    const people = [...this.people.values()];
-    const isRemote = (person: Person) => Number(person instanceof RemotePerson);
-    people.sort((a, b) => isRemote(a) - isRemote(b));
-    for (const person of people) {
-      const next = `${line} ${label(person)},`;
-      // A letter takes three bytes at most for a UTF-16 unit.
-      if (next.length * 3 > LINE_BYTES) {
-        text += line + "\n";
-        line = `* Here now: ${label(person)},`;
-      } else line = next;
-    }
-    text += `${line.replace(/,$/, "")} (${this.people.size})\n`;
-    return this.#everyone = encoder.encode(text);
   }
 
   /** Forgets a reader that will write nothing more. */
@@ -1778,8 +1805,9 @@ class Room {
   #ring(from: Person, text: string): void {
     const words = new Set(text.split(/[^\p{L}\p{M}\p{Nd}_@-]+/u).map(nameKey));
     for (const word of words) {
-      const person = this.people.get(word) ??
-        (word.includes("@") ? this.find(word) : undefined);
+      const { byKey } = this.people;
+      const person = byKey.get(word) ??
+        (word.includes("@") ? this.people.find(word) : undefined);
       if (!person || person === from || !this.bells.has(person)) continue;
       if (!person.ignored?.has(from)) person.tell("\x07");
     }
@@ -2166,7 +2194,9 @@ class Client extends Person implements Sink, TurnTaker {
     if (connection.handshake) await this.#handshake();
     if (access.asksPassword && !this.left) await askPassword(this);
     if (room.options.askName && !this.left) await askName(this);
-    else if (!this.left) this.enter(room.options.raw ? "" : room.guestName());
+    else if (!this.left) {
+      this.enter(room.options.raw ? "" : room.people.guestName());
+    }
     while (!this.left) {
       if (this.#hasSaidAll) {
         this.leave("");
@@ -2538,7 +2568,7 @@ async function askName(client: Client): Promise<void> {
   const line = await client.ask(question, "name");
   if (line === null) return;
   const name = normalizeName(line);
-  const problem = client.room.nameProblem(name, client);
+  const problem = client.room.people.nameProblem(name, client);
   if (problem === null) return client.enter(name!);
   client.disconnect(`${problem} Join again with another.`, "no name");
 }
@@ -2551,7 +2581,7 @@ function welcome(room: Room, name: string, hasHistory: boolean): string {
   }
   return `* Welcome! You are ${name}. Type a message and press Enter. ` +
     "/nick NAME sets your name, /help lists commands.\n" +
-    room.motd + room.hereNow + (hasHistory ? "* Earlier:\n" : "");
+    room.motd + room.people.hereNow + (hasHistory ? "* Earlier:\n" : "");
 }
 
 // -- clients of other protocols
@@ -2604,22 +2634,17 @@ const COMMAND_LINE = /^\/(\p{L}+|\?)(?:\s|$)/u;
 const COMMAND_UNITS = 24;
 
 /** What commands are called in other chats, for those who type that. */
-const NAMES_ELSEWHERE = new Map([
-  ["leave", "quit"],
-  ["logout", "quit"],
-  ["part", "quit"],
-  ["disconnect", "quit"],
-  ["q", "quit"],
-  ["users", "who"],
-  ["online", "who"],
-  ["rename", "nick"],
-  ["block", "ignore"],
-  ["mute", "ignore"],
-  ["dm", "msg"],
-  ["query", "msg"],
-  ["afk", "away"],
-  ["commands", "help"],
-]);
+const NAMES_ELSEWHERE = new Map(
+  Object.entries({
+    quit: "leave logout part disconnect q",
+    who: "users online",
+    nick: "rename",
+    ignore: "block mute",
+    msg: "dm query",
+    away: "afk",
+    help: "commands",
+  }).flatMap(([name, words]) => words.split(" ").map((word) => [word, name])),
+);
 
 /** How many people one person can ignore. */
 const MOST_IGNORED = 1_000;
@@ -2791,7 +2816,7 @@ function reply(person: Person, text: string): void {
   if (replyTo === null) {
     const what = "You have no private message to answer.";
     person.tellError(`${what} /msg NAME TEXT sends one.`);
-  } else if (room.find(replyTo.name) !== replyTo) {
+  } else if (room.people.find(replyTo.name) !== replyTo) {
     person.tellError(`${replyTo.name} has left the room.`);
   } else room.sayPrivately(person, replyTo, text);
 }
@@ -2803,7 +2828,7 @@ function help(client: Client, text: string): void {
 
 function changeName(client: Client, text: string): void {
   const { room } = client, name = normalizeName(text);
-  const problem = room.nameProblem(name, client);
+  const problem = room.people.nameProblem(name, client);
   if (problem) client.tellError(`${problem} Try another: /nick NAME`);
   else if (name !== client.name) room.rename(client, name!);
   else client.tellError(`You are ${name} already.`);
@@ -2811,7 +2836,7 @@ function changeName(client: Client, text: string): void {
 
 function tellWho(client: Client, text: string): void {
   if (!text) {
-    const { everyone } = client.room;
+    const { everyone } = client.room.people;
     client.pace.charge(everyone.length / LINE_BYTES);
     // How long this is does not depend on the client: it gets no other answer
     // before it has taken this one, but is not too slow for it.
@@ -2907,10 +2932,10 @@ function firstWord(text: string): [word: string, rest: string] {
 
 /** The person of that name; if there is none, `asker` is told so. */
 function findPerson(asker: Person, name: string): Person | undefined {
-  const person = asker.room.find(name);
+  const person = asker.room.people.find(name);
   if (person !== undefined) return person;
   const shown = name.slice(0, 24).toWellFormed();
-  const elsewhere = asker.room.findElsewhere(name);
+  const elsewhere = asker.room.people.findElsewhere(name);
   const hint = elsewhere && ` Did you mean ${elsewhere.name}?`;
   asker.tellError(
     `Nobody here is called ${shown}.${hint ?? ""} /who lists who is here.`,
@@ -3106,7 +3131,7 @@ export class ChatServer implements AsyncDisposable {
     });
     room.readers.add(operator.reader);
     this.#hideClients(operator);
-    if (!room.find(HOST)) room.add(operator, HOST);
+    if (!room.people.find(HOST)) room.add(operator, HOST);
     const iterator = lines[Symbol.asyncIterator]();
     try {
       for (;;) {
@@ -3390,7 +3415,7 @@ export class Attachment {
       stopping: async () => await events.stopping(),
     };
     room.links.add(this.#events);
-    if (name) room.ownNames.add(this.#name);
+    if (name) room.people.ownNames.add(this.#name);
   }
 
   /** The people of this server, with why they are away; `null`: they are not. */
@@ -3406,7 +3431,7 @@ export class Attachment {
     name: string,
     { announce = false, away = null as string | null } = {},
   ): boolean {
-    if (!isRemoteName(name) || this.#room.find(name)) return false;
+    if (!isRemoteName(name) || this.#room.people.find(name)) return false;
     const person = this.#takeAbsent(name) ??
       new RemotePerson(this.#room, this.#events);
     person.away = away === null ? null : shortText(away);
@@ -3443,7 +3468,7 @@ export class Attachment {
 
   /** Gives a person that the link has added another name; tells whether it could. */
   rename(from: string, to: string): boolean {
-    const person = this.#find(from), other = this.#room.find(to);
+    const person = this.#find(from), other = this.#room.people.find(to);
     if (!person || !isRemoteName(to) || (other && other !== person)) {
       return false;
     }
@@ -3478,7 +3503,7 @@ export class Attachment {
   /** Sends a private message to a person of this server; tells whether there is one
    * of that name. */
   tell(from: string, to: string, text: string): boolean {
-    const person = this.#find(from), recipient = this.#room.find(to);
+    const person = this.#find(from), recipient = this.#room.people.find(to);
     if (!person || !recipient || recipient instanceof RemotePerson) {
       return false;
     }
@@ -3488,7 +3513,7 @@ export class Attachment {
 
   /** Answers one person of this server what was wrong, in one line. */
   answer(to: string, text: string): void {
-    this.#room.find(to)?.tellError(shortText(text));
+    this.#room.people.find(to)?.tellError(shortText(text));
   }
 
   /** Tells everyone something about the link, in one line. */
@@ -3499,14 +3524,14 @@ export class Attachment {
   /** Removes its people without a notice, and is told nothing more. */
   detach(): void {
     this.#room.links.delete(this.#events);
-    this.#room.ownNames.delete(this.#name);
+    this.#room.people.ownNames.delete(this.#name);
     for (const person of this.#room.people.values()) {
       if (this.#isOwn(person)) this.#room.leave(person, "", { silent: true });
     }
   }
 
   #find(name: string): RemotePerson | undefined {
-    const person = this.#room.people.get(nameKey(name));
+    const person = this.#room.people.byKey.get(nameKey(name));
     return person && this.#isOwn(person) ? person : undefined;
   }
 
