@@ -173,9 +173,10 @@ const NUL = 0, BS = 8, TAB = 9, LF = 10, CR = 13, NAK = 21, ESC = 27;
 const SPACE = 32, SLASH = 47, TILDE = 126, DEL = 127;
 
 /** What {@linkcode LineSplitter} puts before each further piece of a long message,
- * which is no command, and in place of a command or an answer that is too long. Neither
- * can be typed: cleaning removes control characters. {@linkcode nextRun} reads them. */
-const PIECE = 1, TOO_LONG = 2;
+ * which is no command, in place of a command or an answer that is too long, and in place
+ * of the rest of a long line in which something is erased. None can be typed: cleaning
+ * removes control characters. {@linkcode nextRun} reads them. */
+const PIECE = 1, TOO_LONG = 2, ERASED = 3;
 
 type Timer = ReturnType<typeof setTimeout>;
 
@@ -615,14 +616,8 @@ class LineSplitter {
       const end = lineEnd < 0 ? bytes.length : lineEnd;
       const hasMore = end - start > LINE_BYTES;
       const pieceEnd = hasMore ? cutBefore(bytes, start + LINE_BYTES) : end;
-      const piece = bytes.subarray(start, pieceEnd);
-      const erased = this.#long ? piece.lastIndexOf(NAK) + 1 : 0;
-      if (erased > 0) { // Ctrl-U: for the person the line begins again here
-        this.#long = "";
-        start += erased;
-        continue;
-      }
       if (!hasMore && lineEnd < 0) break; // the rest waits for its line end
+      const piece = bytes.subarray(start, pieceEnd);
       cleaned.push(this.#cleanPiece(piece, hasMore, start === 0));
       if (!hasMore) this.#long = "";
       start = hasMore ? pieceEnd : end + 1;
@@ -642,22 +637,22 @@ class LineSplitter {
     const clean = this.#clean(concatenate([piece, LINE_END]), first);
     const text = decoder.decode(clean).trimEnd();
     if (this.#long === "message") {
-      if (text === "") return NO_BYTES;
-      // After Backspace it may be the beginning of a line for the person.
-      const isErased = piece.includes(BS) || piece.includes(DEL);
-      if (isErased && this.refuses(text)) return this.#refuse(hasMore);
-      return concatenate([Uint8Array.of(PIECE), clean]);
+      // What is erased may be in an earlier piece, and a command may follow.
+      const erases = [BS, DEL, NAK].some((byte) => piece.includes(byte));
+      if (erases && this.refuses("/")) return this.#refuse(ERASED);
+      return text ? concatenate([Uint8Array.of(PIECE), clean]) : NO_BYTES;
     }
     const decides = text !== "" && !hidesSlash(decoder.decode(piece));
     if (!hasMore || !decides) return clean;
-    if (this.refuses(text)) return this.#refuse(hasMore);
+    if (this.refuses(text)) return this.#refuse(TOO_LONG);
     this.#long = "message";
     return clean;
   }
 
-  #refuse(hasMore: boolean): Uint8Array {
-    if (hasMore) this.#long = "refused";
-    return Uint8Array.of(TOO_LONG, LF);
+  /** Leaves out the rest of the line. */
+  #refuse(why: number): Uint8Array {
+    this.#long = "refused";
+    return Uint8Array.of(why, LF);
   }
 }
 
@@ -1205,9 +1200,9 @@ function countLines(lines: Uint8Array): number {
 
 /** Lines that can be handled together. */
 interface Run {
-  /** `command`: a line that may be one. `too long` stands for a command or an answer
-   * that was too long, and whose text was dropped. */
-  kind: "message" | "command" | "too long";
+  /** `command`: a line that may be one. The last two stand for a line that is left
+   * out, or the rest of it: see {@linkcode REFUSED}. */
+  kind: "message" | "command" | "too long" | "erased";
   start: number;
   end: number;
   /** How many lines. */
@@ -1229,8 +1224,9 @@ function nextRun(
 ): Run {
   const first = lines[next], start = first === PIECE ? next + 1 : next;
   const isCommand = hasCommands && (first === SLASH || first === SPACE);
-  if (isCommand || first === TOO_LONG) {
-    const kind = isCommand ? "command" : "too long";
+  if (isCommand || first === TOO_LONG || first === ERASED) {
+    const why = first === ERASED ? "erased" : "too long";
+    const kind = isCommand ? "command" : why;
     return { kind, start, end: lines.indexOf(LF, start) + 1, count: 1 };
   }
   const mostLines = Math.min(most, APPENDED_LINES);
@@ -1241,7 +1237,7 @@ function nextRun(
     count++;
   } while (
     end < lines.length && count < mostLines && end - start < APPENDED_BYTES &&
-    byte !== PIECE && byte !== TOO_LONG &&
+    byte !== PIECE && byte !== TOO_LONG && byte !== ERASED &&
     !(hasCommands && (byte === SLASH || byte === SPACE))
   );
   return { kind: "message", start, end, count };
@@ -1260,7 +1256,8 @@ function changeText(change: Change, name: string, reason: string): string {
 /** Join and leave notices: one for each person while few come, then one line a
  * second for all. A person who joins and leaves within that second is in none. */
 class JoinLeaveNotices {
-  readonly #entered = new Set<Person>();
+  /** Those who have entered, and whether they have said something since. */
+  readonly #entered = new Map<Person, boolean>();
   #left: { person: Person; name: string; reason: string }[] = [];
   #timer: Timer | undefined;
   /** How many notices may come at once, and when that was counted. */
@@ -1279,7 +1276,7 @@ class JoinLeaveNotices {
       this.#tokens--;
       return room.noticeChange(changeText(change, name, reason), [person]);
     }
-    if (change === "entered") this.#entered.add(person);
+    if (change === "entered") this.#entered.set(person, false);
     else if (!this.#entered.delete(person)) {
       this.#left.push({ person, name, reason });
     }
@@ -1288,9 +1285,20 @@ class JoinLeaveNotices {
     this.#timer ??= setTimeout(() => this.#tell(), milliseconds);
   }
 
-  /** Whether it will be told only later that this person entered. */
-  has(person: Person): boolean {
-    return this.#entered.has(person);
+  /** Whether the room does not know this person yet: that they have entered will be
+   * told only later. */
+  isUnknown(person: Person): boolean {
+    return this.#entered.get(person) === false;
+  }
+
+  /** `person` has said something. */
+  spoke(person: Person): void {
+    if (this.#entered.has(person)) this.#entered.set(person, true);
+  }
+
+  /** Tells nothing of `person`. */
+  forget(person: Person): void {
+    this.#entered.delete(person);
   }
 
   stop(): void {
@@ -1298,7 +1306,7 @@ class JoinLeaveNotices {
   }
 
   #tell(): void {
-    const entered = [...this.#entered], left = this.#left;
+    const entered = [...this.#entered.keys()], left = this.#left;
     this.#timer = undefined;
     this.#tokens = 0;
     this.#entered.clear();
@@ -1727,9 +1735,10 @@ class Room {
     const before = person.name, text = `* ${before} is now known as ${name}\n`;
     this.people.rename(person, name);
     for (const link of this.#linksFor(person)) link.renamed(before, name);
-    if (this.#notices.has(person)) {
-      // The others will be told that this person has entered, under the new name.
-      for (const other of this.quietOnClients) other.tell(text);
+    if (this.#notices.isUnknown(person)) {
+      // Only the operator has been told, by a report, who has connected.
+      const others = person instanceof RemotePerson ? [] : this.quietOnClients;
+      for (const other of others) other.tell(text);
     } else {
       const start = this.log.end;
       this.#append(text, NO_BYTES, person);
@@ -1761,7 +1770,8 @@ class Room {
     this.bells.delete(person);
     if (!this.people.remove(person)) return;
     for (const link of this.#linksFor(person)) link.left(person.name, reason);
-    if (!silent) this.#tellChange("left", person, reason);
+    if (silent) this.#notices.forget(person);
+    else this.#tellChange("left", person, reason);
   }
 
   setAway(person: Person, reason: string | null): void {
@@ -1789,6 +1799,7 @@ class Room {
   say(from: Person, lines: Uint8Array, { action = false } = {}): void {
     const start = this.log.end, time = this.stamp();
     if (this.bells.size > 0) this.#ring(from, decoder.decode(lines));
+    this.#notices.spoke(from);
     this.#append(time + (action ? `** ${from.name} ` : from.mark), lines, from);
     if (this.#history.most > 0 || this.transcript !== null) {
       const said = this.log.tail.between(start, this.log.end);
@@ -2407,8 +2418,8 @@ class Client extends Person implements Sink, TurnTaker {
       return true;
     }
     const line = this.#takeLine();
-    if (run.kind === "too long") {
-      this.tellError(COMMAND_TOO_LONG);
+    if (run.kind !== "command") {
+      this.tellError(REFUSED[run.kind]);
       return false;
     }
     const said = COMMANDS.run(this, line);
@@ -2657,8 +2668,14 @@ const REASON_UNITS = 200;
 const SERVER_REASON =
   /^(tooslow|kicked|banned|tls|awebrequest|anssh|no(name|password|tls))/i;
 
-const COMMAND_TOO_LONG =
-  `Nothing was sent: a command can have ${LINE_BYTES} bytes at most.`;
+/** Why a line, or the rest of it, was not sent. */
+const REFUSED = {
+  "too long":
+    `Nothing was sent: a command can have ${LINE_BYTES} bytes at most.`,
+  "erased":
+    `The rest of that line was not sent: nothing can be erased in a line ` +
+    `of more than ${LINE_BYTES} bytes.`,
+};
 
 type Command<Actor> = [
   /** Its name, and then others that mean the same. */
@@ -3452,7 +3469,8 @@ export class Attachment {
     name: string,
     { announce = false, reason = "", mayReturn = false } = {},
   ): void {
-    this.#takeAbsent(name);
+    const absent = this.#takeAbsent(name);
+    if (absent) this.#room.leave(absent, "", { silent: true });
     const person = this.#find(name), silent = !announce;
     if (!person) return;
     this.#room.leave(person, shortText(reason), { silent, mayReturn });
@@ -3525,9 +3543,11 @@ export class Attachment {
   detach(): void {
     this.#room.links.delete(this.#events);
     this.#room.people.ownNames.delete(this.#name);
-    for (const person of this.#room.people.values()) {
+    const people = [...this.#room.people.values(), ...this.#absent.values()];
+    for (const person of people) {
       if (this.#isOwn(person)) this.#room.leave(person, "", { silent: true });
     }
+    this.#absent.clear();
   }
 
   #find(name: string): RemotePerson | undefined {
@@ -4286,15 +4306,19 @@ function readFully(file: Deno.FsFile, length: number): Uint8Array {
 class Operator extends Person implements Sink {
   readonly reader: Reader;
   readonly #splitter = new LineSplitter(false, beginsCommand);
+  readonly #stop: () => void;
+  #hasQuit = false;
 
+  /** @param stop stops the server */
   constructor(
     room: Room,
     readonly access: Access,
     readonly print: (line: string) => void,
-    readonly stop: () => void,
+    stop: () => void,
   ) {
     super(room);
     this.name = HOST;
+    this.#stop = stop;
     this.reader = new Reader(room, this);
     this.reader.follow();
   }
@@ -4302,18 +4326,24 @@ class Operator extends Person implements Sink {
   /** Takes a line that the operator typed. */
   type(typed: string): void {
     const lines = this.#splitter.push(encoder.encode(typed + "\n"));
-    for (let next = 0; next < lines.length;) {
+    for (let next = 0; next < lines.length && !this.#hasQuit;) {
       const { kind, start, end } = nextRun(lines, next, 1);
       next = end;
-      if (kind === "too long") this.tellError(COMMAND_TOO_LONG);
-      else if (kind === "message") {
+      if (kind === "message") {
         this.room.say(this, lines.subarray(start, end));
-      } else {
+      } else if (kind !== "command") this.tellError(REFUSED[kind]);
+      else {
         const line = decoder.decode(lines.subarray(start, end - 1));
         const said = CONSOLE_COMMANDS.run(this, line);
         if (said !== null) this.room.say(this, said);
       }
     }
+  }
+
+  /** Stops the server. Nothing that was typed after that is taken. */
+  quit(): void {
+    this.#hasQuit = true;
+    this.#stop();
   }
 
   /** All clients that are connected, whether they have a name or not. */
@@ -4352,7 +4382,7 @@ const CONSOLE_COMMANDS = new Commands<Operator>([
   ["ban", "NAME|NETWORK [REASON]", "disconnects an address or a network, and refuses it from now on", ban],
   ["unban", "NAME|NETWORK", "admits a banned address or network again", unban],
   ["banned", "", "lists who is banned, since when and why", listBans],
-  ["quit exit", "", "stops the server", ({ stop }) => stop()],
+  ["quit exit", "", "stops the server", (operator) => operator.quit()],
 ], "quit");
 
 /** The name of a client for the operator. */

@@ -1915,6 +1915,8 @@ Deno.test("a person who returns after an outage is still ignored, and answered b
   assert(link.add("bob@paris"));
   say("hello");
   assertEquals(await alice.next(), "[bob@paris] hello");
+  await alice.say("/ignore");
+  assertEquals(await alice.next(), "* You ignore nobody.");
 });
 
 Deno.test("the operator sees people of other servers who join and leave, and lists them", async () => {
@@ -2008,33 +2010,83 @@ Deno.test("no piece of a long line is a command", async (t) => {
   });
 });
 
-Deno.test("a command after a long line that was erased stays private", async () => {
+Deno.test("nothing that follows what is erased in a long line becomes public", async () => {
+  const x = "x".repeat(4_096);
+  const lines = [
+    `${x}y\x15/msg alice secret`, // Ctrl-U
+    `${x}${"\b".repeat(4_096)}/msg alice secret`,
+    `${x}${"\b".repeat(4_095)} /msg alice secret`,
+    `/1${"x".repeat(4_094)}${"\x7f".repeat(4_095)}msg alice secret`,
+    `  /1${" ".repeat(4_092)}${"\x7f".repeat(4_093)}msg alice secret`,
+    `${x}yy\x15${"z".repeat(3_000)}\x15/msg alice secret`,
+  ];
   await using server = open();
   await using alice = await Guest.join(server.port, "alice");
   await using bob = await Guest.join(server.port, "bob");
   await alice.find(/known as bob/);
-  const long = "a".repeat(4_096), later = "b".repeat(100);
-  // Ctrl-U begins the line again.
-  await bob.say(`${long}${later}\x15/msg alice one`);
-  assertEquals(await alice.next(), `[bob] ${long}`);
-  assertEquals(await alice.next(), "[bob -> you] one");
-  await bob.say(`/msg alice ${long}\x15/msg alice two`, "done");
-  assertEquals(await alice.next(), "[bob -> you] two");
+  for (const line of lines) {
+    await bob.say(line, "done");
+    for (;;) {
+      const received = await alice.next();
+      if (received === "[bob] done") break;
+      assertMatch(received!, /^\[bob\] /);
+      assert(!/ecret|msg/.test(received!), received!);
+    }
+    assertEquals(
+      await bob.find(/^! /),
+      "! The rest of that line was not sent: nothing can be erased in a line " +
+        "of more than 4096 bytes.",
+    );
+  }
+  await bob.say(`/msg alice ${x}\x15/msg alice ${x}\x15/msg alice hi`, "done");
   assertEquals(await alice.next(), "[bob] done");
-  // After Backspace nobody knows where it begins: it is refused.
-  await bob.say(`${long}b${"\x7f".repeat(1_000)}/msg alice three`, "done");
-  assertEquals(await alice.next(), `[bob] ${long}`);
-  assertEquals(await alice.next(), "[bob] done");
-  await bob.find(
-    /^! Nothing was sent: a command can have 4096 bytes at most\./,
-  );
+  assertMatch((await bob.next())!, /^! Nothing was sent: a command can have /);
+  await bob.say("/who");
+  assertMatch((await bob.next())!, /^\* Here now: /); // refused once
+});
+
+Deno.test("an answer that is too long counts once, whatever is erased in it", async () => {
+  const passwordFile = await Deno.makeTempFile();
+  await Deno.writeTextFile(passwordFile, "sesame\n");
+  await using server = open({ passwordFile });
+  await using alice = await Guest.connect(server.port);
+  await alice.say(`${`${"x".repeat(4_200)}\x15`.repeat(3)}sesame`, "sesame");
+  await alice.find(/^! That is not the password\.$/);
+  await alice.find(/Welcome! You are guest1/);
+  await Deno.remove(passwordFile);
+});
+
+Deno.test("a rename is told to those who have seen the name before", async () => {
+  await using server = open({ rate: 100 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using guests = new AsyncDisposableStack();
+  for (let i = 0; i < 12; i++) guests.use(await Guest.join(server.port));
+  await using bob = await Guest.connect(server.port);
+  await bob.say("hi", "/nick bob", "again");
+  await alice.find(/^\[guest14\] hi$/);
+  assertEquals(await alice.find(/bob/), "* guest14 is now known as bob");
+  await alice.find(/^\[bob\] again$/);
+});
+
+Deno.test("a person who is removed silently is in no later notice", async () => {
+  await using server = open();
+  const link = attachLink(server);
+  await using alice = await Guest.join(server.port, "alice");
+  const names = numbered(14, "p").map((name) => `${name}@paris`);
+  for (const name of names) link.add(name, { announce: true });
+  for (const name of names) link.remove(name, { mayReturn: true });
+  link.notice("paris is gone");
+  await alice.find(/^\* paris is gone$/);
+  await new Promise((resolve) => setTimeout(resolve, 1_200)); // past the next notice
+  await alice.say("/who");
+  assertEquals(await alice.next(), "* Here now: alice (1)");
 });
 
 Deno.test("lines that are typed on the console after /quit are not taken", async () => {
   const directory = await Deno.makeTempDir();
   const log = `${directory}/chat.log`;
   const server = open({ log });
-  const lines = ReadableStream.from(["hello", "/quit", "later"]);
+  const lines = ReadableStream.from(["hello", "/quit\rat once", "later"]);
   await server.operate(lines, () => {});
   await within(server.finished, "the end");
   const said = await Deno.readTextFile(log);
