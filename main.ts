@@ -622,8 +622,17 @@ class LineSplitter {
       if (!hasMore) this.#long = "";
       start = hasMore ? pieceEnd : end + 1;
     }
-    this.#partial = this.#long === "refused" ? NO_BYTES : bytes.slice(start);
+    const rest = bytes.subarray(start);
+    this.#partial = this.#long === "refused"
+      ? this.#leaveOut(rest)
+      : rest.slice();
     return concatenate(cleaned);
+  }
+
+  /** Counts bytes that are not sent. */
+  #leaveOut({ length }: Uint8Array): Uint8Array {
+    this.junk += length / LINE_BYTES;
+    return NO_BYTES;
   }
 
   /** Cleans a piece of a long line. The first that shows something decides whether
@@ -633,7 +642,7 @@ class LineSplitter {
    * @param first whether it is the beginning of a chunk
    */
   #cleanPiece(piece: Uint8Array, hasMore: boolean, first: boolean): Uint8Array {
-    if (this.#long === "refused") return NO_BYTES;
+    if (this.#long === "refused") return this.#leaveOut(piece);
     const clean = this.#clean(concatenate([piece, LINE_END]), first);
     const text = decoder.decode(clean).trimEnd();
     if (this.#long === "message") {

@@ -2045,6 +2045,18 @@ Deno.test("nothing that follows what is erased in a long line becomes public", a
   assertMatch((await bob.next())!, /^\* Here now: /); // refused once
 });
 
+Deno.test("what is refused of a command that is too long is charged too", async () => {
+  using _clock = fastClock();
+  await using server = open({ rate: 20 });
+  await using alice = await Guest.join(server.port, "alice");
+  // 300 lines' worth: 100 at once, the others at 20 a second, of a fast clock.
+  const start = performance.now();
+  await alice.say(`/msg bob ${"x".repeat(300 * 4_096)}`, "/who");
+  await alice.find(/^! Nothing was sent: /);
+  await alice.find(/^\* Here now: /);
+  assert(performance.now() - start > 8_000, "too soon");
+});
+
 Deno.test("an answer that is too long counts once, whatever is erased in it", async () => {
   const passwordFile = await Deno.makeTempFile();
   await Deno.writeTextFile(passwordFile, "sesame\n");
