@@ -50,8 +50,7 @@ const levenshteinDistance: (one: string, other: string) => number =
   distanceUntyped;
 
 // ---------------------------------------------------------------------------
-// Options: what can be set, from the command line and by an embedding program,
-// and how addresses are written.
+// Options: what can be set, from the command line and by an embedding program.
 // ---------------------------------------------------------------------------
 
 /** What can be set of a room. The command line's options have the same names. */
@@ -644,15 +643,16 @@ class LineSplitter {
   #cleanPiece(piece: Uint8Array, hasMore: boolean, first: boolean): Uint8Array {
     if (this.#long === "refused") return this.#leaveOut(piece);
     const clean = this.#clean(concatenate([piece, LINE_END]), first);
-    const text = decoder.decode(clean).trimEnd();
     if (this.#long === "message") {
       // What is erased may be in an earlier piece, and a command may follow.
       const erases = [BS, DEL, NAK].some((byte) => piece.includes(byte));
       if (erases && this.refuses("/")) return this.#refuse(ERASED);
-      return text ? concatenate([Uint8Array.of(PIECE), clean]) : NO_BYTES;
+      const isShown = clean.length > 0;
+      return isShown ? concatenate([Uint8Array.of(PIECE), clean]) : NO_BYTES;
     }
-    const decides = text !== "" && !hidesSlash(decoder.decode(piece));
-    if (!hasMore || !decides) return clean;
+    if (!hasMore) return clean;
+    const text = decoder.decode(clean).trimEnd();
+    if (text === "" || hidesSlash(decoder.decode(piece))) return clean;
     if (this.refuses(text)) return this.#refuse(TOO_LONG);
     this.#long = "message";
     return clean;
@@ -1232,24 +1232,25 @@ function nextRun(
   hasCommands = true,
 ): Run {
   const first = lines[next], start = first === PIECE ? next + 1 : next;
-  const isCommand = hasCommands && (first === SLASH || first === SPACE);
-  if (isCommand || first === TOO_LONG || first === ERASED) {
-    const why = first === ERASED ? "erased" : "too long";
-    const kind = isCommand ? "command" : why;
-    return { kind, start, end: lines.indexOf(LF, start) + 1, count: 1 };
-  }
-  const mostLines = Math.min(most, APPENDED_LINES);
-  let end = start, count = 0, byte;
+  const kind = kindOf(first, hasCommands);
+  const mostLines = kind === "message" ? Math.min(most, APPENDED_LINES) : 1;
+  let end = start, count = 0;
   do {
     end = lines.indexOf(LF, end) + 1;
-    byte = lines[end];
     count++;
   } while (
     end < lines.length && count < mostLines && end - start < APPENDED_BYTES &&
-    byte !== PIECE && byte !== TOO_LONG && byte !== ERASED &&
-    !(hasCommands && (byte === SLASH || byte === SPACE))
+    lines[end] !== PIECE && kindOf(lines[end], hasCommands) === "message"
   );
-  return { kind: "message", start, end, count };
+  return { kind, start, end, count };
+}
+
+/** What a line is that begins with a byte. */
+function kindOf(first: number, hasCommands: boolean): Run["kind"] {
+  if (first === TOO_LONG) return "too long";
+  if (first === ERASED) return "erased";
+  const isCommand = hasCommands && (first === SLASH || first === SPACE);
+  return isCommand ? "command" : "message";
 }
 
 /** How many join and leave notices may come at once. After them they are gathered
@@ -1393,7 +1394,7 @@ class Turns {
   #number = 0;
   /** When serving the present client began, in milliseconds of `performance.now`: to
    * call that for each use would take a twentieth of the time of a line. */
-  #servedSince = 0;
+  servedSince = 0;
   #worked = 0;
   #bytes = 0;
   #answers = 0;
@@ -1415,11 +1416,6 @@ class Turns {
   /** Whether the end of this turn is scheduled. */
   get isEnding(): boolean {
     return this.#ending;
-  }
-
-  /** When serving the present client began. */
-  get servedSince(): number {
-    return this.#servedSince;
   }
 
   /** Has `taker` say what is next, if it may in this turn and nobody waits. */
@@ -1465,7 +1461,7 @@ class Turns {
   beginWrite(): Writes {
     const writes = this.#writes.at(-1)!;
     if (writes.count === 0) {
-      writes.began = this.#serving ? this.#servedSince : performance.now();
+      writes.began = this.#serving ? this.servedSince : performance.now();
     }
     writes.count++;
     return writes;
@@ -1508,7 +1504,7 @@ class Turns {
 
   /** Returns when it has served `taker`. */
   #serve(taker: TurnTaker, now: number): number {
-    this.#servedSince = now;
+    this.servedSince = now;
     this.#serving = true;
     taker.sayNext();
     this.#serving = false;
@@ -1593,10 +1589,11 @@ class People {
   /** The person of that name, as people write it: `bob`, `bob,` or `@bob`; on the
    * server that is linked as tokyo `bob@tokyo` too. */
   find(name: string): Person | undefined {
+    const exact = this.byKey.get(nameKey(name));
+    if (exact !== undefined) return exact;
     const plain = name.replace(/^@|[,:]$/g, ""), at = plain.indexOf("@");
     const isOwn = at > 0 && this.ownNames.has(nameKey(plain.slice(at + 1)));
-    return this.byKey.get(nameKey(name)) ??
-      this.byKey.get(nameKey(isOwn ? plain.slice(0, at) : plain));
+    return this.byKey.get(nameKey(isOwn ? plain.slice(0, at) : plain));
   }
 
   /** A person on another server whose name begins with `name`, as `bob@paris` does;
@@ -2049,11 +2046,6 @@ class Input {
     return decoder.decode(this.#lines.subarray(this.#next, end));
   }
 
-  /** Takes that line. */
-  skipLine(): void {
-    this.#next = this.#lines.indexOf(LF, this.#next) + 1;
-  }
-
   /** Whether the first bytes, which may come one by one, begin a TLS handshake. */
   beginsTls(chunk: Uint8Array): boolean {
     if (this.#tlsBytes < 0) return false;
@@ -2275,7 +2267,7 @@ class Client extends Person implements Sink, TurnTaker {
       else if (!this.#input.hasLine) await this.#read();
       else if (!this.#isOtherProtocol()) {
         this.#question = "";
-        return this.#takeLine();
+        return this.#takeLine(this.#input.peekRun(1, false));
       }
     }
     return null;
@@ -2426,7 +2418,7 @@ class Client extends Person implements Sink, TurnTaker {
       room.say(this, this.#input.take(run));
       return true;
     }
-    const line = this.#takeLine();
+    const line = this.#takeLine(run);
     if (run.kind !== "command") {
       this.tellError(REFUSED[run.kind]);
       return false;
@@ -2436,9 +2428,9 @@ class Client extends Person implements Sink, TurnTaker {
     return said !== null;
   }
 
-  #takeLine(): string {
-    const line = this.#input.peekLine();
-    this.#input.skipLine();
+  /** Takes one line, which is not said as it is. */
+  #takeLine(run: Run): string {
+    const line = decoder.decode(this.#input.take(run).subarray(0, -1));
     this.pace.charge(1);
     this.room.turns.count(this, line.length + LINE_COST);
     return line;
@@ -4579,12 +4571,13 @@ ${rows.join("\n")}`;
  */
 export function parseOptions(args: string[]): CommandLine {
   const given = readArguments(args);
+  const textsOf = (name: string) => [given[name] ?? []].flat();
   const options: Record<string, unknown> = {};
   const others: Record<string, unknown> = {};
   for (const flag of FLAGS) {
-    const texts = [given[flag.name] ?? []].flat(), key = keyOf(flag);
+    const texts = textsOf(flag.name), key = keyOf(flag);
     if (texts.length === 0) continue;
-    if (flag.needs && [given[flag.needs] ?? []].flat().length === 0) {
+    if (flag.needs && textsOf(flag.needs).length === 0) {
       const { name, needs } = flag;
       throw new UsageError(`Cannot use --${name} alone: give --${needs} too`);
     }

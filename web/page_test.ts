@@ -128,6 +128,26 @@ class Visitor implements AsyncDisposable {
       .waitFor();
   }
 
+  /** Fills the log with 200 lines of `other`, which are more than fit. */
+  async fillLog(other: Terminal): Promise<void> {
+    await other.say(...Array.from({ length: 200 }, (_, i) => `line ${i}`));
+    await this.sees(/line 199/);
+    await this.isAtEnd();
+  }
+
+  async scrollUp(): Promise<void> {
+    await this.page.locator("#log").evaluate((log) => {
+      log.scrollTop = 500;
+    });
+  }
+
+  /** Comes down by the button that tells of new messages. */
+  async comeDown(): Promise<void> {
+    await this.page.click("#newer");
+    await this.isAtEnd();
+    await this.page.waitForSelector("#newer", { state: "hidden" });
+  }
+
   /** The people in the list. */
   people(): Promise<string[]> {
     return this.page.locator("#people li").allTextContents();
@@ -589,19 +609,13 @@ browserTest("scrolling up is not disturbed by new messages", async () => {
   await using maria = await Visitor.join(room.url, "maria");
   const { page } = maria;
   const top = () => page.locator("#log").evaluate((log) => log.scrollTop);
-  await bob.say(...Array.from({ length: 200 }, (_, i) => `line ${i}`));
-  await maria.sees(/line 199/);
-  await maria.isAtEnd();
-  await page.locator("#log").evaluate((log) => {
-    log.scrollTop = 500;
-  });
+  await maria.fillLog(bob);
+  await maria.scrollUp();
   await eventually(async () => await top() === 500, "the scroll");
   await bob.say("one", "two", "three");
   await page.waitForSelector("#newer:has-text('3 new messages')");
   assertEquals(await top(), 500);
-  await page.click("#newer");
-  await maria.isAtEnd();
-  await page.waitForSelector("#newer", { state: "hidden" });
+  await maria.comeDown();
 });
 
 browserTest("only messages are counted as new messages", async () => {
@@ -609,19 +623,13 @@ browserTest("only messages are counted as new messages", async () => {
   await using bob = await Terminal.join(room.server, "bob");
   await using maria = await Visitor.join(room.url, "maria");
   const { page } = maria;
-  await bob.say(...Array.from({ length: 200 }, (_, i) => `line ${i}`));
-  await maria.sees(/line 199/);
-  await maria.isAtEnd();
-  const scrollUp = () =>
-    page.locator("#log").evaluate((log) => {
-      log.scrollTop = 500;
-    });
+  await maria.fillLog(bob);
   const isNewer = async (label: string) =>
     await eventually(
       async () => await page.locator("#newer").textContent() === label,
       label,
     );
-  await scrollUp();
+  await maria.scrollUp();
   await using carol = await Terminal.join(room.server, "carol");
   await isNewer("New notices ↓");
   await carol.say("one", "/me waves", "/msg maria psst");
@@ -629,16 +637,12 @@ browserTest("only messages are counted as new messages", async () => {
   await bob.say("/nick robert");
   await maria.sees(/is now known as robert/);
   await isNewer("3 new messages ↓");
-  await page.click("#newer");
-  await maria.isAtEnd();
-  await page.waitForSelector("#newer", { state: "hidden" });
+  await maria.comeDown();
 
-  await scrollUp();
+  await maria.scrollUp();
   await bob.say("/nick bob");
   await isNewer("New notice ↓");
-  await page.click("#newer");
-  await maria.isAtEnd();
-  await page.waitForSelector("#newer", { state: "hidden" });
+  await maria.comeDown();
 });
 
 browserTest(
@@ -648,9 +652,7 @@ browserTest(
     await using bob = await Terminal.join(room.server, "bob");
     await using maria = await Visitor.join(room.url, "maria");
     const { page } = maria;
-    await bob.say(...Array.from({ length: 200 }, (_, i) => `line ${i}`));
-    await maria.sees(/line 199/);
-    await maria.isAtEnd();
+    await maria.fillLog(bob);
     // After a line is shown, and before the browser reports the scroll, something
     // below the log becomes 40 pixels higher, and later lower.
     await page.evaluate(`new MutationObserver(() => {
