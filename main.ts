@@ -733,6 +733,10 @@ const SEGMENT_BYTES = 65_536;
  * is too slow. This is the bound on memory however many readers there are. */
 const WINDOW_SEGMENTS = 64;
 
+/** How far a reader is behind, in bytes, for which input is held back while it is this
+ * machine that cannot write more. */
+const FAR_BEHIND_BYTES = WINDOW_SEGMENTS * SEGMENT_BYTES / 4;
+
 /** The most bytes that one write copies together, when what a reader receives is
  * in several pieces. */
 const COPIED_BYTES = 16_384;
@@ -903,8 +907,7 @@ class Reader {
   #waiting = 0;
   /** What is being written, or is left of it. */
   #batch: Uint8Array | null = null;
-  /** The writes among which its own is counted, while it writes. */
-  #writes: Writes | null = null;
+  #isWriting = false;
   #stopped = false;
   /** Resolves the promise of {@linkcode Reader.written}. */
   #resolveWritten: (() => void) | null = null;
@@ -916,9 +919,9 @@ class Reader {
     return this.#segment !== null;
   }
 
-  /** Whether its cursor is before the window. */
-  get isBehind(): boolean {
-    return this.#segment !== null && this.#cursor < this.room.log.start;
+  /** Whether its cursor is before a place of the log. */
+  isBefore(place: number): boolean {
+    return this.#segment !== null && this.#cursor < place;
   }
 
   /** Whether so much waits for this reader alone that it gets no more answers. */
@@ -990,14 +993,14 @@ class Reader {
 
   /** Starts to write what it has not written, unless it is writing. */
   flush(): void {
-    if (this.#writes !== null || this.#stopped) return;
+    if (this.#isWriting || this.#stopped) return;
     this.#batch ??= this.#nextBatch();
     if (this.#batch === null) {
       if (this.#lastPlace === Infinity) return;
       this.stop();
       return this.sink.drained();
     }
-    this.#writes = this.room.turns.beginWrite();
+    this.#isWriting = true;
     try {
       // Not an async function: its promises cost a tenth of a delivery.
       this.sink.write(this.#batch).then(this.#onWritten, this.#onFailed);
@@ -1008,6 +1011,7 @@ class Reader {
 
   #onWritten = (count: number): void => {
     this.#endWrite();
+    this.room.turns.writesEnded++;
     if (this.#batch === null) return; // stopped meanwhile
     if (!(count > 0)) return this.#onFailed(); // or it would be tried endlessly
     this.#batch = count < this.#batch.length
@@ -1023,8 +1027,7 @@ class Reader {
   };
 
   #endWrite(): void {
-    if (this.#writes !== null) this.room.turns.endWrite(this.#writes);
-    this.#writes = null;
+    this.#isWriting = false;
     this.#resolveWritten?.();
     this.#resolveWritten = null;
   }
@@ -1361,25 +1364,26 @@ const TURN_ANSWERS = 64;
  * counts for {@linkcode LINE_COST} more. */
 const CLIENT_TURN_BYTES = 16_384, LINE_COST = 64;
 
-/** A write that has not ended after this time is old: no input is handled before old
- * writes have ended, in milliseconds. */
-const OLD_WRITE_MILLISECONDS = 100;
+/** How often a turn ends with a pause of a millisecond while clients wait, in
+ * milliseconds. A runtime that always has something to do asks the system only every 61
+ * turns which sockets are ready (tokio's event interval): a line waited 80 ms for that. */
+const PAUSE_MILLISECONDS = 8;
 
-/** For how many turns of about a millisecond input waits for old writes. If none of
- * them ends in a turn, they are to clients that do not read, and nothing waits. */
-const MOST_WAITING_TURNS = 50;
+/** With more than so many writes ending in a millisecond, readers wait for this machine.
+ * With fewer, in so many turns, they are behind because they do not read. */
+const BUSY_WRITES = 4, IDLE_TURNS = 10;
 
-/** Writes that began at about the same time, and how many have not ended. */
-interface Writes {
-  began: number;
-  count: number;
-}
+/** For how long input may be held back for readers that are behind, in milliseconds:
+ * clients that read a little at a time could seem to wait for this machine. */
+const MOST_HELD_MILLISECONDS = 1_000;
 
 /** What takes its turn: a client with lines to say. */
 interface TurnTaker {
   /** The last turn in which it was served, and how much it used of it. */
   turn: number;
   used: number;
+  /** When it was served last, or else connected, in milliseconds. */
+  readonly lastLine: number;
   /** Says its next line, or lines together. */
   sayNext(): void;
 }
@@ -1387,8 +1391,9 @@ interface TurnTaker {
 /**
  * Who is served when. A turn of the event loop handles a bounded amount of input,
  * a bounded part of it from each client, and then lets reads and writes happen.
- * Clients that have to wait form a queue. While old writes have not ended, nothing
- * more is handled: the runtime prefers new reads and writes to old ones.
+ * Clients that have to wait form a queue. While readers fall behind because this
+ * machine cannot write more, nothing is handled: a reader that takes what it is offered
+ * is not lost, however much others send.
  */
 class Turns {
   #number = 0;
@@ -1403,15 +1408,22 @@ class Turns {
   #answered: Reader[] = [];
   #ending = false;
   #queue: { taker: TurnTaker; served: () => void }[] = [];
-  /** The oldest first; the last are those that begin now. */
-  #writes: Writes[] = [{ began: 0, count: 0 }];
-  /** How many writes have ended, now and at the end of the turn before. */
-  #writesEnded = 0;
-  #endedBefore = -1;
-  #waited = 0;
+  /** When the last turn with a pause ended, and whether a client had to wait since. */
+  #lastPause = 0;
+  #isCrowded = false;
+  /** How many writes have ended in this turn, and when it began. */
+  writesEnded = 0;
+  #began = 0;
+  /** How many turns had few writes, whether input is held back, and when it was not. */
+  #idleTurns = 0;
+  #isHeld = false;
+  #lastInput = 0;
 
-  /** @param flush starts to write what was appended in the turn */
-  constructor(readonly flush: () => void) {}
+  /**
+   * @param flush starts to write what was appended in the turn
+   * @param isBehind tells whether a reader is far behind
+   */
+  constructor(readonly flush: () => void, readonly isBehind: () => boolean) {}
 
   /** Whether the end of this turn is scheduled. */
   get isEnding(): boolean {
@@ -1420,17 +1432,24 @@ class Turns {
 
   /** Has `taker` say what is next, if it may in this turn and nobody waits. */
   serve(taker: TurnTaker): boolean {
-    if (this.#queue.length > 0 || this.hasUsed(taker)) return false;
-    const now = performance.now();
-    if (this.#isOver(now)) return false;
-    this.#serve(taker, now);
+    const mustWait = this.#queue.length > 0 || this.#isOver;
+    if (mustWait || this.hasUsed(taker)) return false;
+    this.#serve(taker, performance.now());
     return true;
   }
 
-  /** Resolves when `taker` has been served, in its place of the queue. */
+  /** Resolves when `taker` has been served. Those that were served longest ago come
+   * first: a person who says something now and then does not wait for a thousand clients
+   * that always have more to say. */
   wait(taker: TurnTaker): Promise<void> {
     this.endSoon();
-    return new Promise((served) => this.#queue.push({ taker, served }));
+    const queue = this.#queue;
+    return new Promise((served) => {
+      const before = queue.findLastIndex((it) =>
+        it.taker.lastLine <= taker.lastLine
+      );
+      queue.splice(before + 1, 0, { taker, served });
+    });
   }
 
   /** Whether `taker` has used its part of this turn. */
@@ -1458,20 +1477,6 @@ class Turns {
     else if (this.#answered.at(-1) !== reader) this.#answered.push(reader);
   }
 
-  beginWrite(): Writes {
-    const writes = this.#writes.at(-1)!;
-    if (writes.count === 0) {
-      writes.began = this.#serving ? this.servedSince : performance.now();
-    }
-    writes.count++;
-    return writes;
-  }
-
-  endWrite(writes: Writes): void {
-    writes.count--;
-    this.#writesEnded++;
-  }
-
   /** Ends the turn when all reads that are ready were handled. */
   endSoon(): void {
     if (this.#ending) return;
@@ -1480,26 +1485,33 @@ class Turns {
     // what they bring would leave in writes of its own. With ten people who talk
     // as fast as they receive, a thousand readers get twice as many lines.
     // Only a timer lets the runtime do nothing but read and write for a while.
-    if (this.#hasOldWrites(performance.now())) setTimeout(this.#end, 1);
+    const sincePause = performance.now() - this.#lastPause;
+    const isPauseDue = this.#isCrowded && sincePause > PAUSE_MILLISECONDS;
+    if (isPauseDue || this.#isHeld) setTimeout(this.#endPause, 1);
     else setImmediate(this.#end);
   }
+
+  #endPause = (): void => {
+    this.#lastPause = performance.now();
+    this.#isCrowded = false;
+    this.#end();
+  };
 
   #end = (): void => {
     this.#ending = false;
     this.flush();
     this.#number++;
     this.#worked = this.#bytes = this.#answers = 0;
-    if (this.#writes.at(-1)!.count > 0) {
-      this.#writes.push({ began: 0, count: 0 });
-    }
     let now = performance.now();
-    this.#waitForOldWrites(now);
-    while (this.#queue.length > 0 && !this.#isOver(now)) {
+    this.#holdInput(now);
+    while (this.#queue.length > 0 && !this.#isOver) {
       const { taker, served } = this.#queue.shift()!;
       now = this.#serve(taker, now);
       served();
     }
-    if (this.#queue.length > 0) this.endSoon();
+    if (this.#queue.length === 0) return;
+    this.#isCrowded = true;
+    this.endSoon();
   };
 
   /** Returns when it has served `taker`. */
@@ -1513,29 +1525,26 @@ class Turns {
     if (this.#answered.length > 0) this.#answered = [];
     const ended = performance.now();
     this.#worked += ended - now;
-    if (this.#isOver(ended)) this.endSoon();
+    if (this.#isOver) this.endSoon();
     return ended;
   }
 
-  #isOver(now: number): boolean {
-    return this.#worked > TURN_MILLISECONDS || this.#bytes >= TURN_BYTES ||
-      this.#answers >= TURN_ANSWERS || this.#hasOldWrites(now);
+  /** Holds input back in this turn if readers are behind, and wait for this machine. */
+  #holdInput(now: number): void {
+    const isBusy = this.writesEnded > BUSY_WRITES * (now - this.#began);
+    this.#idleTurns = isBusy ? 0 : this.#idleTurns + 1;
+    this.writesEnded = 0;
+    this.#began = now;
+    const isLong = now - this.#lastInput > MOST_HELD_MILLISECONDS;
+    this.#isHeld = this.#idleTurns < IDLE_TURNS && !isLong && this.isBehind();
+    if (!this.#isHeld) this.#lastInput = now;
   }
 
-  #hasOldWrites(now: number): boolean {
-    const writes = this.#writes;
-    while (writes.length > 1 && writes[0].count === 0) writes.shift();
-    const [{ began, count }] = writes;
-    return count > 0 && now - began > OLD_WRITE_MILLISECONDS;
-  }
-
-  /** Lets old writes keep the next turn waiting, or no longer counts them. */
-  #waitForOldWrites(now: number): void {
-    const progress = this.#writesEnded !== this.#endedBefore;
-    this.#endedBefore = this.#writesEnded;
-    if (!this.#hasOldWrites(now)) this.#waited = 0;
-    else if (progress && ++this.#waited < MOST_WAITING_TURNS) return;
-    else while (this.#hasOldWrites(now)) this.#writes.shift();
+  /** Whether no more input is handled in this turn. */
+  get #isOver(): boolean {
+    return this.#isHeld || this.#worked > TURN_MILLISECONDS ||
+      this.#bytes >= TURN_BYTES ||
+      this.#answers >= TURN_ANSWERS;
   }
 }
 
@@ -1690,7 +1699,7 @@ const NO_LINKS: ReadonlySet<LinkEvents> = new Set();
 /** The people, what they say, and who receives it. */
 class Room {
   readonly log = new Log();
-  readonly turns = new Turns(() => this.#flush());
+  readonly turns = new Turns(() => this.#flush(), () => this.#isAnyoneBehind());
   /** Everyone and everything that receives something, in the room or not yet. */
   readonly readers = new Set<Reader>();
   readonly people = new People();
@@ -1923,6 +1932,13 @@ class Room {
     else this.turns.endSoon();
   }
 
+  /** Whether a reader is far behind. */
+  #isAnyoneBehind(): boolean {
+    const { end } = this.log;
+    return end > FAR_BEHIND_BYTES && this.readers.values()
+      .some((reader) => reader.isBefore(end - FAR_BEHIND_BYTES));
+  }
+
   /** Starts a write for each reader that is not writing. */
   #flush(): void {
     if (!this.#flushNeeded) return;
@@ -1930,7 +1946,10 @@ class Room {
     const readers = [...this.readers];
     if (this.#windowMoved) {
       this.#windowMoved = false;
-      for (const reader of readers) if (reader.isBehind) reader.sink.tooSlow();
+      const { start } = this.log;
+      for (const reader of readers) {
+        if (reader.isBefore(start)) reader.sink.tooSlow();
+      }
     }
     if (readers.length <= RANDOM_START_READERS) {
       const first = Math.floor(Math.random() * readers.length);

@@ -1755,6 +1755,74 @@ Deno.test({
   },
 });
 
+Deno.test("readers that wait for a busy server are not too slow, however much is said", async () => {
+  const readers = 300, lines = 5_000, lineBytes = 1_000; // more than the window
+  await using server = open({ raw: true, rate: 0 });
+  const waiting: (() => void)[] = []; // the writes, which this machine ends in turn
+  const received: number[] = Array(readers).fill(0);
+  for (let i = 0; i < readers; i++) {
+    admit(server, {
+      write: (bytes) =>
+        new Promise((resolve) =>
+          waiting.push(() => {
+            const count = Math.min(bytes.length, 16_384);
+            received[i] += count;
+            resolve(count);
+          })
+        ),
+    });
+  }
+  await using alice = await Guest.connect(server.port);
+  const text = "x".repeat(lineBytes - 1);
+  const said = alice.say(...Array(lines).fill(text));
+  const isDone = () => received.every((count) => count === lines * lineBytes);
+  const writing = (async () => {
+    for (; !isDone(); await turn()) {
+      waiting.splice(0, 8).forEach((end) => end());
+    }
+  })();
+  await within(writing, "everyone receives all");
+  await said;
+});
+
+Deno.test("a person who says something does not wait for all who always have more to say", async () => {
+  const talkers = 200;
+  await using server = open({ raw: true, rate: 0 });
+  let received = 0, helloAt = 0;
+  const decoder = new TextDecoder();
+  admit(server, {
+    write(bytes) {
+      received += bytes.length;
+      if (decoder.decode(bytes).includes("hello")) helloAt = received;
+      return Promise.resolve(bytes.length);
+    },
+  });
+  const alice = Promise.withResolvers<void>();
+  let aliceSpoke = false;
+  admit(server, {
+    async read(buffer) {
+      if (aliceSpoke) return await never();
+      await alice.promise;
+      aliceSpoke = true;
+      return encoder.encodeInto("hello\n", buffer).written;
+    },
+  });
+  const flood = Buffer.from(("y".repeat(99) + "\n").repeat(81)); // 8 KB
+  for (let i = 0; i < talkers; i++) {
+    admit(server, {
+      read: (buffer) =>
+        helloAt > 0 ? never() : Promise.resolve(flood.copy(buffer)),
+      write: (bytes) => Promise.resolve(bytes.length),
+    });
+  }
+  await eventually(() => received > 4_000_000, "all talk");
+  const before = received;
+  alice.resolve();
+  await eventually(() => helloAt > 0, "hello is received");
+  // A round of all talkers is 1.6 MB.
+  assert(helloAt - before < 300_000, `after ${helloAt - before} bytes`);
+});
+
 Deno.test("the read buffer of a client shrinks when it sends little", async () => {
   const [most, resting, least] = [65_536, 2_048, 256]; // bytes
   await using server = open({ raw: true, rate: 0 });
