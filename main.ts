@@ -883,10 +883,8 @@ interface Sink {
   write(bytes: Uint8Array): Promise<number>;
   /** Everything up to the reader's end is written. */
   drained(): void;
-  /** A write failed; there will be no other. */
-  writeFailed(): void;
-  /** The reader is too far behind. */
-  tooSlow(): void;
+  /** A write failed, and there will be no other; or the reader is {@linkcode TOO_SLOW}. */
+  fail(reason: "" | typeof TOO_SLOW): void;
   /** The reader is to end at the present end of the log. */
   leave(reason: string): void;
 }
@@ -964,7 +962,7 @@ class Reader {
   #addDetour(detour: Detour): void {
     const { length } = this.#detours;
     const isTooMuch = detour.cost > 0 && this.#waiting > MOST_INSERTED_BYTES;
-    if (length === MOST_DETOURS || isTooMuch) return this.sink.tooSlow();
+    if (length === MOST_DETOURS || isTooMuch) return this.sink.fail(TOO_SLOW);
     if (length === 0) this.#detours = [detour];
     else this.#detours.push(detour);
     this.#waiting += detour.cost;
@@ -1023,7 +1021,7 @@ class Reader {
   #onFailed = (): void => {
     if (this.#stopped) return;
     this.stop();
-    this.sink.writeFailed();
+    this.sink.fail("");
   };
 
   #endWrite(): void {
@@ -1948,7 +1946,7 @@ class Room {
       this.#windowMoved = false;
       const { start } = this.log;
       for (const reader of readers) {
-        if (reader.isBefore(start)) reader.sink.tooSlow();
+        if (reader.isBefore(start)) reader.sink.fail(TOO_SLOW);
       }
     }
     if (readers.length <= RANDOM_START_READERS) {
@@ -2025,13 +2023,23 @@ function smallestBuffer(): Uint8Array {
 class Input {
   /** What is read next goes here. */
   buffer: Uint8Array = smallestBuffer();
+  /** The question that the next line answers. */
+  question: "" | "password" | "name" = "";
+  /** Whether the first line was looked at. */
+  firstLineSeen = false;
   /** Made with the first bytes: many clients only listen. */
-  splitter: LineSplitter | null = null;
+  #splitter: LineSplitter | null = null;
   #lines: Uint8Array = NO_BYTES;
   /** The byte of `#lines` at which the next line begins. */
   #next = 0;
   /** How many bytes of a TLS handshake came first; -1 if there were others. */
   #tlsBytes = 0;
+
+  constructor(readonly options: Options) {}
+
+  get telnet(): TelnetFilter | null {
+    return this.#splitter?.telnet ?? null;
+  }
 
   get hasLine(): boolean {
     return this.#next < this.#lines.length;
@@ -2042,10 +2050,40 @@ class Input {
     return this.#lines.subarray(this.#next);
   }
 
-  /** Takes new lines, when the ones before were all said. */
-  set lines(lines: Uint8Array) {
+  /** Makes lines of the first `count` bytes of the buffer, when the ones before were
+   * all said. Returns what they cost beyond that, as {@linkcode LineSplitter.junk}. */
+  split(count: number): number {
+    const splitter = this.#splitter ??= this.#newSplitter();
+    this.#setLines(splitter.push(this.buffer.subarray(0, count)));
+    this.#sizeBuffer(count);
+    return splitter.junk;
+  }
+
+  /** The client has ended: what it sent last may be a line. */
+  end(): void {
+    this.#setLines(this.#splitter?.end() ?? NO_BYTES);
+  }
+
+  /** Keeps nothing in memory. */
+  release(): void {
+    this.#setLines(this.buffer = NO_BYTES);
+    this.#splitter = null;
+  }
+
+  #setLines(lines: Uint8Array): void {
     this.#lines = lines;
     this.#next = 0;
+  }
+
+  #newSplitter(): LineSplitter {
+    const { raw, askName } = this.options;
+    const hasCommands = !raw && !askName;
+    return new LineSplitter(raw, (start) => {
+      if (this.question === "name") return true;
+      // An empty password is no answer.
+      if (this.question === "password" && start !== "") return true;
+      return hasCommands && beginsCommand(start);
+    });
   }
 
   /** The lines that can be handled together, as {@linkcode nextRun} finds them. */
@@ -2066,9 +2104,9 @@ class Input {
   }
 
   /** Whether the first bytes, which may come one by one, begin a TLS handshake. */
-  beginsTls(chunk: Uint8Array): boolean {
+  beginsTls(count: number): boolean {
     if (this.#tlsBytes < 0) return false;
-    for (const byte of chunk) {
+    for (const byte of this.buffer.subarray(0, count)) {
       if (byte !== TLS_HANDSHAKE[this.#tlsBytes++]) {
         this.#tlsBytes = -1;
         return false;
@@ -2079,9 +2117,9 @@ class Input {
   }
 
   /** Chooses the size of the next read after one of `count` bytes. */
-  sizeBuffer(count: number, isPaced: boolean): void {
+  #sizeBuffer(count: number): void {
     const { length } = this.buffer;
-    const most = isPaced ? PACED_READ_BYTES : LARGEST_READ_BYTES;
+    const most = this.options.rate > 0 ? PACED_READ_BYTES : LARGEST_READ_BYTES;
     if (count === length) {
       if (length < most) {
         this.buffer = new Uint8Array(Math.min(length * 8, most));
@@ -2191,11 +2229,8 @@ class Client extends Person implements Sink, TurnTaker {
   #outputEnded = false;
   #closed = false;
 
-  readonly #input = new Input();
+  readonly #input: Input;
   readonly pace: Pace;
-  /** The question that the next line answers. */
-  #question: "" | "password" | "name" = "";
-  #firstLineSeen = false;
   #wake: (() => void) | null = null;
   #wakeTimer: Timer | undefined;
   #deadline: Timer | undefined;
@@ -2210,6 +2245,7 @@ class Client extends Person implements Sink, TurnTaker {
   ) {
     super(room);
     this.reader = new Reader(room, this);
+    this.#input = new Input(room.options);
     this.pace = new Pace(access, access.record(address));
   }
 
@@ -2222,17 +2258,13 @@ class Client extends Person implements Sink, TurnTaker {
    * that waits: one more frame costs each client kilobytes. */
   async live(): Promise<void> {
     const { room, access, connection } = this, { turns } = room;
-    if (connection.handshake) await this.#handshake();
+    if (connection.handshake) await handshake(this);
     if (access.asksPassword && !this.left) await askPassword(this);
     if (room.options.askName && !this.left) await askName(this);
     else if (!this.left) {
       this.enter(room.options.raw ? "" : room.people.guestName());
     }
-    while (!this.left) {
-      if (this.#hasSaidAll) {
-        this.leave("");
-        break;
-      }
+    while (this.#isHere()) {
       const wait = this.#wait();
       if (wait !== null) await wait;
       else if (!this.#input.hasLine) {
@@ -2257,17 +2289,6 @@ class Client extends Person implements Sink, TurnTaker {
 
   // -- before it is in the room
 
-  async #handshake(): Promise<void> {
-    const fail = () => this.leave("no TLS", { drain: false });
-    this.#setDeadline(ANSWER_MILLISECONDS, fail);
-    try {
-      await this.connection.handshake!();
-    } catch {
-      fail();
-    }
-    if (!this.left) clearTimeout(this.#deadline);
-  }
-
   /** Asks, and resolves to the next line that the client sends; to `null` if it
    * leaves instead. */
   async ask(
@@ -2275,17 +2296,13 @@ class Client extends Person implements Sink, TurnTaker {
     kind: "password" | "name",
   ): Promise<string | null> {
     this.tell(question);
-    this.#question = kind;
-    while (!this.left) {
-      if (this.#hasSaidAll) {
-        this.leave("");
-        break;
-      }
+    this.#input.question = kind;
+    while (this.#isHere()) {
       const wait = this.#wait();
       if (wait !== null) await wait;
       else if (!this.#input.hasLine) await this.#read();
-      else if (!this.#isOtherProtocol()) {
-        this.#question = "";
+      else if (!refuseOtherProtocol(this, this.#input)) {
+        this.#input.question = "";
         return this.#takeLine(this.#input.peekRun(1, false));
       }
     }
@@ -2311,9 +2328,11 @@ class Client extends Person implements Sink, TurnTaker {
 
   // -- reading
 
-  /** Whether the client has ended, and all that it sent was said. */
-  get #hasSaidAll(): boolean {
-    return this.#inputEnded && !this.#input.hasLine;
+  /** Leaves if the client has ended and all that it sent was said. Tells whether it is
+   * still here. */
+  #isHere(): boolean {
+    if (this.#inputEnded && !this.#input.hasLine) this.leave("");
+    return !this.left;
   }
 
   /** What the client has to wait for before anything else: its pace, the answers
@@ -2321,24 +2340,12 @@ class Client extends Person implements Sink, TurnTaker {
   #wait(): Promise<void> | null {
     const pause = this.pace.pause();
     if (pause > 0) {
-      this.#tellOfWaiting();
+      if (this.#input.hasLine) tellOfWaiting(this, this.#input);
       return this.#sleep(pause);
     }
     if (this.reader.isBacklogged) return this.reader.written();
     const { turns } = this.room;
     return turns.hasUsed(this) ? turns.wait(this) : null;
-  }
-
-  /** Tells a person who pastes why others do not see it yet. */
-  #tellOfWaiting(): void {
-    const { rate, raw, askName } = this.room.options;
-    if (raw || askName || !this.#input.hasLine) return;
-    if (!this.pace.isNoticeTime()) return;
-    const count = countLines(this.#input.lines);
-    const lines = count === 1 ? "1 is" : `${count} are`;
-    this.tellError(
-      `Your lines are sent at ${rate} a second; ${lines} waiting.`,
-    );
   }
 
   #sleep(milliseconds: number): Promise<void> {
@@ -2360,57 +2367,20 @@ class Client extends Person implements Sink, TurnTaker {
 
   #readFailed(): void {
     this.#inputEnded = true;
-    if (this.left) this.#close();
-    else this.leave("", { drain: false });
+    this.fail("");
   }
 
   #received(count: number | null): void {
-    const input = this.#input, { rate } = this.room.options;
+    const input = this.#input;
     if (count === null) this.#inputEnded = true;
     else if (!(count > 0)) return this.#readFailed(); // it would be tried endlessly
     if (this.left) return; // nothing more of it is looked at
-    if (count === null) {
-      input.lines = input.splitter?.end() ?? NO_BYTES;
-      return;
-    }
-    const chunk = input.buffer.subarray(0, count);
-    if (input.beginsTls(chunk)) return this.leave("TLS, which is off");
-    const splitter = input.splitter ??= this.#newSplitter();
-    input.lines = splitter.push(chunk);
+    if (count === null) return input.end();
+    if (input.beginsTls(count)) return this.leave("TLS, which is off");
     // What cleaning removed costs like what it kept: it was work.
-    this.pace.charge(splitter.junk);
+    this.pace.charge(input.split(count));
     this.room.turns.count(this, count);
-    input.sizeBuffer(count, rate > 0);
-    if (splitter.telnet !== null) this.#answerTelnet(splitter.telnet);
-  }
-
-  #newSplitter(): LineSplitter {
-    const { raw, askName } = this.room.options;
-    const hasCommands = !raw && !askName;
-    return new LineSplitter(raw, (start) => {
-      if (this.#question === "name") return true;
-      // An empty password is no answer.
-      if (this.#question === "password" && start !== "") return true;
-      return hasCommands && beginsCommand(start);
-    });
-  }
-
-  #answerTelnet(telnet: TelnetFilter): void {
-    const { reply, request } = telnet;
-    telnet.reply = [];
-    telnet.request = 0;
-    if (reply.length > 0) {
-      this.reader.insert(Uint8Array.from(reply));
-      this.reader.flush();
-      this.pace.charge(1); // it costs a line, so that replies have a bound
-    }
-    if (request === 0 || this.room.options.raw) return;
-    this.tell(
-      request === AYT
-        ? "* Yes, Parley is here.\n"
-        : "* To leave, type /quit.\n",
-    );
-    this.pace.charge(1);
+    if (input.telnet !== null) answerTelnet(this, input.telnet);
   }
 
   // -- talking
@@ -2419,9 +2389,9 @@ class Client extends Person implements Sink, TurnTaker {
   sayNext(): void {
     if (this.#input.hasLine) this.lastLine = this.room.turns.servedSince;
     for (let others = 0; others < MOST_COMMANDS; others++) {
-      if (this.left || this.#question || !this.#input.hasLine) return;
+      if (this.left || this.#input.question || !this.#input.hasLine) return;
       if (this.pace.lines < 1 || this.reader.isBacklogged) return;
-      if (this.#isOtherProtocol() || this.#sayRun()) return;
+      if (refuseOtherProtocol(this, this.#input) || this.#sayRun()) return;
     }
   }
 
@@ -2455,36 +2425,10 @@ class Client extends Person implements Sink, TurnTaker {
     return line;
   }
 
-  /** Whether its first line is one of another protocol; it is answered then, and
-   * disconnected. */
-  #isOtherProtocol(): boolean {
-    if (this.#firstLineSeen) return false;
-    this.#firstLineSeen = true;
-    const line = this.#input.peekLine();
-    const [isRequest, version] = REQUEST.exec(line) ?? [];
-    if (!isRequest && !SSH_BANNER.test(line)) return false;
-    const request = decoder.decode(this.#input.lines), { webPage } = this.room;
-    this.tell(
-      isRequest ? webAnswer(request, webPage, version) : NOT_A_TERMINAL,
-    );
-    this.leave(isRequest ? "a web request" : "an SSH client");
-    return true;
-  }
-
   // -- receiving
 
   write(bytes: Uint8Array): Promise<number> {
     return this.connection.write(bytes);
-  }
-
-  writeFailed(): void {
-    if (this.left) this.#close();
-    else this.leave("", { drain: false });
-  }
-
-  tooSlow(): void {
-    if (this.left) this.#close();
-    else this.leave(TOO_SLOW, { drain: false });
   }
 
   // -- leaving
@@ -2519,7 +2463,12 @@ class Client extends Person implements Sink, TurnTaker {
     if (!drain) return this.#close();
     this.reader.end();
     if (this.#closed) return; // without a timer, which takes 1.3 KB
-    this.#setDeadline(DRAIN_MILLISECONDS, () => this.#close());
+    this.setDeadline(DRAIN_MILLISECONDS, () => this.#close());
+  }
+
+  fail(reason: string): void {
+    if (this.left) this.#close();
+    else this.leave(reason, { drain: false });
   }
 
   drained(): void {
@@ -2546,8 +2495,8 @@ class Client extends Person implements Sink, TurnTaker {
     this.#stopSleeping();
     clearTimeout(this.#deadline);
     this.reader.stop();
-    this.#input.buffer = this.#input.lines = NO_BYTES;
-    this.#input.splitter = this.ignored = null;
+    this.#input.release();
+    this.ignored = null;
     tryClose(this.connection);
     this.room.forget(this.reader);
   }
@@ -2557,24 +2506,40 @@ class Client extends Person implements Sink, TurnTaker {
     this.#wake?.();
   }
 
-  #setDeadline(milliseconds: number, late: () => void): void {
+  /** Calls `late` if it has not entered the room by then. */
+  setDeadline(milliseconds: number, late: () => void): void {
     clearTimeout(this.#deadline);
     this.#deadline = setTimeout(late, milliseconds);
-  }
-
-  /** Disconnects the client if it has not entered the room by then. */
-  setAnswerDeadline(milliseconds: number, reason: string): void {
-    const why = "That took too long. Join again.";
-    this.#setDeadline(milliseconds, () => this.disconnect(why, reason));
   }
 }
 
 // -- before a client is in the room
 
+/** Waits until bytes can be exchanged. */
+async function handshake(client: Client): Promise<void> {
+  const fail = () => client.leave("no TLS", { drain: false });
+  client.setDeadline(ANSWER_MILLISECONDS, fail);
+  try {
+    await client.connection.handshake!();
+  } catch {
+    fail();
+  }
+}
+
+/** Disconnects a client that does not answer in time. */
+function limitAnswer(
+  client: Client,
+  milliseconds: number,
+  reason: string,
+): void {
+  const why = "That took too long. Join again.";
+  client.setDeadline(milliseconds, () => client.disconnect(why, reason));
+}
+
 /** Asks for the password until it is right, or the client has left. */
 async function askPassword(client: Client): Promise<void> {
   const { access, room, pace: { record } } = client, reason = "no password";
-  client.setAnswerDeadline(ANSWER_MILLISECONDS, reason);
+  limitAnswer(client, ANSWER_MILLISECONDS, reason);
   await Promise.resolve(); // the new connection is reported first
   for (;;) {
     if (access.isLocked(record)) {
@@ -2594,7 +2559,7 @@ async function askPassword(client: Client): Promise<void> {
 
 /** Asks for a name, as Protohackers' Budget Chat does, and lets the client in. */
 async function askName(client: Client): Promise<void> {
-  client.setAnswerDeadline(NAME_MILLISECONDS, "no name");
+  limitAnswer(client, NAME_MILLISECONDS, "no name");
   const question = "* Welcome to Parley. What is your name?\n";
   const line = await client.ask(question, "name");
   if (line === null) return;
@@ -2615,6 +2580,19 @@ function welcome(room: Room, name: string, hasHistory: boolean): string {
     room.motd + room.people.hereNow + (hasHistory ? "* Earlier:\n" : "");
 }
 
+// -- while it is there
+
+/** Tells a person who pastes why others do not see all of it yet. */
+function tellOfWaiting(client: Client, input: Input): void {
+  const { rate, raw, askName } = client.room.options;
+  if (raw || askName || !client.pace.isNoticeTime()) return;
+  const count = countLines(input.lines);
+  const lines = count === 1 ? "1 is" : `${count} are`;
+  client.tellError(
+    `Your lines are sent at ${rate} a second; ${lines} waiting.`,
+  );
+}
+
 // -- clients of other protocols
 
 /** The first line of an HTTP, RTSP or SIP request (RFC 9112, section 3), or its
@@ -2630,6 +2608,40 @@ const TLS_HANDSHAKE = [0x16, 0x03];
 
 const NOT_A_TERMINAL =
   "This is a Parley chat room. Join it from a terminal: nc HOST PORT\n";
+
+/** Answers a client whose first line is one of another protocol, and disconnects it;
+ * tells whether it was. */
+function refuseOtherProtocol(client: Client, input: Input): boolean {
+  if (input.firstLineSeen) return false;
+  input.firstLineSeen = true;
+  const line = input.peekLine();
+  const [isRequest, version] = REQUEST.exec(line) ?? [];
+  if (!isRequest && !SSH_BANNER.test(line)) return false;
+  const request = decoder.decode(input.lines), { webPage } = client.room;
+  client.tell(
+    isRequest ? webAnswer(request, webPage, version) : NOT_A_TERMINAL,
+  );
+  client.leave(isRequest ? "a web request" : "an SSH client");
+  return true;
+}
+
+/** Replies to telnet commands, and to what their user asks for by them. Each costs
+ * like a line, so that replies have a bound. */
+function answerTelnet(client: Client, telnet: TelnetFilter): void {
+  const { reply, request } = telnet, { reader, pace } = client;
+  telnet.reply = [];
+  telnet.request = 0;
+  if (reply.length > 0) {
+    reader.insert(Uint8Array.from(reply));
+    reader.flush();
+    pace.charge(1);
+  }
+  if (request === 0 || client.room.options.raw) return;
+  client.tell(
+    request === AYT ? "* Yes, Parley is here.\n" : "* To leave, type /quit.\n",
+  );
+  pace.charge(1);
+}
 
 /**
  * The answer to a request: a redirect to the web page, if there is one.
@@ -3050,9 +3062,7 @@ export class ChatServer implements AsyncDisposable {
   readonly #stopping = new AbortController();
   #stopped: Promise<void> | null = null;
   #lastAcceptReport = -Infinity;
-  #lastRefusalReport = -Infinity;
-  /** Refusals that were not reported. */
-  #refusals = 0;
+  readonly #refusals = new RefusalReports((line) => this.#print(line));
 
   /** Use {@linkcode ChatServer.listen}. */
   private constructor(options: Options, reports: Reports) {
@@ -3062,7 +3072,7 @@ export class ChatServer implements AsyncDisposable {
     };
     this.#prints = reports.print !== undefined;
     // The files first: no client can connect to a room that does not open.
-    const { host, port, tlsCert, tlsKey, log, motd } = options;
+    const { tlsCert, tlsKey, log, motd } = options;
     this.#room = new Room(options);
     this.#access = new Access(options);
     this.#tls = tlsCert ? new Tls(tlsCert, tlsKey) : null;
@@ -3072,15 +3082,10 @@ export class ChatServer implements AsyncDisposable {
       this.#room.transcript = transcript;
     }
     try {
-      const shared = options.reusePort ? { reusePort: true } : {};
-      this.#listener = Deno.listen({ hostname: host, port, ...shared });
+      this.#listener = listenOn(options);
     } catch (error) {
       this.#room.transcript?.close();
-      throw openError(`Cannot listen on ${formatAddress(host, port)}`, error, {
-        flags: "--allow-net",
-        denied: "choose a --port above 1023",
-        other: "choose an address with --host",
-      });
+      throw error;
     }
     this.addr = this.#listener.addr as Deno.NetAddr;
     this.stopping = this.#stopping.signal;
@@ -3309,10 +3314,10 @@ export class ChatServer implements AsyncDisposable {
     if (this.#room.closed) return tryClose(connection);
     const refusal = this.#access.admit(address);
     if (refusal !== null) {
-      const { why, answer } = refusal, { raw, askName } = this.#room.options;
-      this.#reportRefusal(`${formatAddress(address, remote.port)} (${why})`);
-      const goodbye = raw || askName ? "" : GOODBYE;
-      refuse(connection, answer && `! ${answer}\n${goodbye}`);
+      const { why, answer } = refusal, { options } = this.#room;
+      const who = formatAddress(address, remote.port);
+      if (!options.quiet) this.#refusals.add(`${who} (${why})`);
+      refuse(connection, answer, options);
       return;
     }
     const client = new Client(
@@ -3339,30 +3344,58 @@ export class ChatServer implements AsyncDisposable {
   #print(line: string): void {
     this.#reports.print(this.#room.stamp() + line);
   }
+}
 
-  /** Prints who was refused, at most one a second, and how many there were. */
-  #reportRefusal(what: string): void {
+/** Listens on the address and port of a room.
+ *
+ * @throws {OpenError} if that cannot be done */
+function listenOn({ host, port, reusePort }: Options): Deno.TcpListener {
+  try {
+    const shared = reusePort ? { reusePort } : {};
+    return Deno.listen({ hostname: host, port, ...shared });
+  } catch (error) {
+    throw openError(`Cannot listen on ${formatAddress(host, port)}`, error, {
+      flags: "--allow-net",
+      denied: "choose a --port above 1023",
+      other: "choose an address with --host",
+    });
+  }
+}
+
+/** Prints who was refused, at most one a second, and how many there were. */
+class RefusalReports {
+  #last = -Infinity;
+  /** How many were not printed since. */
+  #others = 0;
+
+  constructor(readonly print: (line: string) => void) {}
+
+  add(what: string): void {
     const now = performance.now();
-    if (this.#room.options.quiet) return;
-    if (now - this.#lastRefusalReport < REFUSAL_REPORT_MILLISECONDS) {
-      this.#refusals++;
+    if (now - this.#last < REFUSAL_REPORT_MILLISECONDS) {
+      this.#others++;
       return;
     }
-    const more = this.#refusals > 0 ? `, and ${this.#refusals} before it` : "";
-    this.#print(`Refused ${what}${more}`);
-    this.#lastRefusalReport = now;
-    this.#refusals = 0;
+    const more = this.#others > 0 ? `, and ${this.#others} before it` : "";
+    this.print(`Refused ${what}${more}`);
+    this.#last = now;
+    this.#others = 0;
   }
 }
 
 /** Tells a connection why it is refused, if that is told, and closes it at once:
  * nobody else waits for its descriptor. */
-async function refuse(connection: Connection, answer: string): Promise<void> {
+async function refuse(
+  connection: Connection,
+  answer: string,
+  { raw, askName }: Options,
+): Promise<void> {
+  const goodbye = raw || askName ? "" : GOODBYE;
   const late = setTimeout(() => tryClose(connection), DRAIN_MILLISECONDS);
   try {
     if (answer) {
       await connection.handshake?.();
-      await connection.write(encoder.encode(answer));
+      await connection.write(encoder.encode(`! ${answer}\n${goodbye}`));
       await connection.closeWrite?.();
     }
   } catch { /* the client is gone */ }
@@ -4378,8 +4411,8 @@ class Operator extends Person implements Sink {
     return Promise.resolve(bytes.length);
   }
 
-  tooSlow(): void {
-    this.reader.follow();
+  fail(reason: string): void {
+    if (reason === TOO_SLOW) this.reader.follow();
   }
 
   leave(): void {
@@ -4389,8 +4422,6 @@ class Operator extends Person implements Sink {
   drained(): void {
     this.room.forget(this.reader);
   }
-
-  writeFailed(): void {}
 }
 
 // deno-fmt-ignore: a command a line
