@@ -1001,28 +1001,31 @@ class Reader {
     this.#isWriting = true;
     try {
       // Not an async function: its promises cost a tenth of a delivery.
-      this.sink.write(this.#batch).then(this.#onWritten, this.#onFailed);
+      this.sink.write(this.#batch).then(
+        (count) => this.#written(count),
+        () => this.#failed(),
+      );
     } catch {
-      this.#onFailed();
+      this.#failed();
     }
   }
 
-  #onWritten = (count: number): void => {
+  #written(count: number): void {
     this.#endWrite();
     this.room.turns.writesEnded++;
     if (this.#batch === null) return; // stopped meanwhile
-    if (!(count > 0)) return this.#onFailed(); // or it would be tried endlessly
+    if (!(count > 0)) return this.#failed(); // or it would be tried endlessly
     this.#batch = count < this.#batch.length
       ? this.#batch.subarray(count)
       : null;
     this.flush();
-  };
+  }
 
-  #onFailed = (): void => {
+  #failed(): void {
     if (this.#stopped) return;
     this.stop();
     this.sink.fail("");
-  };
+  }
 
   #endWrite(): void {
     this.#isWriting = false;
