@@ -737,6 +737,9 @@ const WINDOW_SEGMENTS = 64;
  * machine that cannot write more. */
 const FAR_BEHIND_BYTES = WINDOW_SEGMENTS * SEGMENT_BYTES / 4;
 
+/** For how many such readers no input is held back: a few may always be stalled. */
+const FEW_READERS = 8;
+
 /** The most bytes that one write copies together, when what a reader receives is
  * in several pieces. */
 const COPIED_BYTES = 16_384;
@@ -1380,11 +1383,11 @@ const MOST_HELD_MILLISECONDS = 1_000;
 
 /** What takes its turn: a client with lines to say. */
 interface TurnTaker {
-  /** The last turn in which it was served, and how much it used of it. */
+  /** The last turn of which it used something, and how much. */
   turn: number;
   used: number;
-  /** When it was served last, or else connected, in milliseconds. */
-  readonly lastLine: number;
+  /** The turn in which it was served last, or else connected. */
+  servedIn: number;
   /** Says its next line, or lines together. */
   sayNext(): void;
 }
@@ -1397,7 +1400,8 @@ interface TurnTaker {
  * is not lost, however much others send.
  */
 class Turns {
-  #number = 0;
+  /** How many turns have ended. */
+  number = 0;
   /** When serving the present client began, in milliseconds of `performance.now`: to
    * call that for each use would take a twentieth of the time of a line. */
   servedSince = 0;
@@ -1422,7 +1426,7 @@ class Turns {
 
   /**
    * @param flush starts to write what was appended in the turn
-   * @param isBehind tells whether a reader is far behind
+   * @param isBehind tells whether readers are far behind
    */
   constructor(readonly flush: () => void, readonly isBehind: () => boolean) {}
 
@@ -1444,24 +1448,23 @@ class Turns {
    * that always have more to say. */
   wait(taker: TurnTaker): Promise<void> {
     this.endSoon();
-    const queue = this.#queue;
+    const queue = this.#queue, { servedIn } = taker;
+    let place = queue.length;
+    while (place > 0 && queue[place - 1].taker.servedIn > servedIn) place--;
     return new Promise((served) => {
-      const before = queue.findLastIndex((it) =>
-        it.taker.lastLine <= taker.lastLine
-      );
-      queue.splice(before + 1, 0, { taker, served });
+      queue.splice(place, 0, { taker, served });
     });
   }
 
   /** Whether `taker` has used its part of this turn. */
   hasUsed(taker: TurnTaker): boolean {
-    return taker.turn === this.#number && taker.used >= CLIENT_TURN_BYTES;
+    return taker.turn === this.number && taker.used >= CLIENT_TURN_BYTES;
   }
 
   /** Counts what came in from `taker`, in bytes. */
   count(taker: TurnTaker, bytes: number): void {
-    if (taker.turn !== this.#number) taker.used = 0;
-    taker.turn = this.#number;
+    if (taker.turn !== this.number) taker.used = 0;
+    taker.turn = this.number;
     taker.used += bytes;
   }
 
@@ -1501,7 +1504,7 @@ class Turns {
   #end = (): void => {
     this.#ending = false;
     this.flush();
-    this.#number++;
+    this.number++;
     this.#worked = this.#bytes = this.#answers = 0;
     let now = performance.now();
     this.#holdInput(now);
@@ -1518,6 +1521,7 @@ class Turns {
   /** Returns when it has served `taker`. */
   #serve(taker: TurnTaker, now: number): number {
     this.servedSince = now;
+    taker.servedIn = this.number;
     this.#serving = true;
     taker.sayNext();
     this.#serving = false;
@@ -1532,7 +1536,8 @@ class Turns {
 
   /** Holds input back in this turn if readers are behind, and wait for this machine. */
   #holdInput(now: number): void {
-    const isBusy = this.writesEnded > BUSY_WRITES * (now - this.#began);
+    const milliseconds = Math.max(1, now - this.#began);
+    const isBusy = this.writesEnded > BUSY_WRITES * milliseconds;
     this.#idleTurns = isBusy ? 0 : this.#idleTurns + 1;
     this.writesEnded = 0;
     this.#began = now;
@@ -1700,7 +1705,7 @@ const NO_LINKS: ReadonlySet<LinkEvents> = new Set();
 /** The people, what they say, and who receives it. */
 class Room {
   readonly log = new Log();
-  readonly turns = new Turns(() => this.#flush(), () => this.#isAnyoneBehind());
+  readonly turns = new Turns(() => this.#flush(), () => this.#areManyBehind());
   /** Everyone and everything that receives something, in the room or not yet. */
   readonly readers = new Set<Reader>();
   readonly people = new People();
@@ -1933,11 +1938,13 @@ class Room {
     else this.turns.endSoon();
   }
 
-  /** Whether a reader is far behind. */
-  #isAnyoneBehind(): boolean {
+  /** Whether more readers are far behind than the few that do not read. */
+  #areManyBehind(): boolean {
     const { end } = this.log;
-    return end > FAR_BEHIND_BYTES && this.readers.values()
-      .some((reader) => reader.isBefore(end - FAR_BEHIND_BYTES));
+    return end > FAR_BEHIND_BYTES &&
+      this.readers.values()
+          .filter((reader) => reader.isBefore(end - FAR_BEHIND_BYTES))
+          .drop(FEW_READERS).next().done === false;
   }
 
   /** Starts a write for each reader that is not writing. */
@@ -2224,6 +2231,7 @@ class Client extends Person implements Sink, TurnTaker {
   lastLine = this.connected;
   turn = -1;
   used = 0;
+  servedIn: number;
 
   // It is closed when it has left and both directions have ended; at once if one
   // of them fails; and at the latest when the time to drain is over.
@@ -2249,6 +2257,7 @@ class Client extends Person implements Sink, TurnTaker {
     super(room);
     this.reader = new Reader(room, this);
     this.#input = new Input(room.options);
+    this.servedIn = room.turns.number;
     this.pace = new Pace(access, access.record(address));
   }
 

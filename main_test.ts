@@ -1785,6 +1785,44 @@ Deno.test("readers that wait for a busy server are not too slow, however much is
   await said;
 });
 
+Deno.test("a reader that takes nothing holds nobody's lines back", async () => {
+  const readers = 300;
+  await using server = open({ raw: true, rate: 0 });
+  let received = 0;
+  for (let i = 0; i < readers; i++) {
+    admit(server, {
+      write(bytes) {
+        received += bytes.length;
+        return Promise.resolve(bytes.length);
+      },
+    });
+  }
+  admit(server, { write: never });
+  let say: ((bytes: Uint8Array) => void) | null = null;
+  admit(server, {
+    read: (buffer) =>
+      new Promise((resolve) =>
+        say = (bytes) => resolve(Buffer.from(bytes).copy(buffer))
+      ),
+  });
+  /** Says a line; resolves to the turns of the event loop until all have it. */
+  const turnsFor = async (line: Uint8Array) => {
+    const all = received + readers * line.length;
+    while (say === null) await turn();
+    say(line);
+    say = null;
+    let turns = 0;
+    for (; received < all && turns < 100_000; turns++) await turn();
+    return turns;
+  };
+  const large = encoder.encode("x".repeat(249) + "\n");
+  // Until the one that takes nothing is far behind, but not too slow.
+  for (let i = 0; i < 8_000; i++) await turnsFor(large);
+  let turns = 0;
+  for (let i = 0; i < 20; i++) turns += await turnsFor(large);
+  assert(turns < 400, `20 lines took ${turns} turns`); // 20 ms were thousands
+});
+
 Deno.test("a person who says something does not wait for all who always have more to say", async () => {
   const talkers = 200;
   await using server = open({ raw: true, rate: 0 });
