@@ -2231,7 +2231,7 @@ class Client extends Person implements Sink, TurnTaker {
   lastLine = this.connected;
   turn = -1;
   used = 0;
-  servedIn: number;
+  servedIn = this.room.turns.number;
 
   // It is closed when it has left and both directions have ended; at once if one
   // of them fails; and at the latest when the time to drain is over.
@@ -2257,7 +2257,6 @@ class Client extends Person implements Sink, TurnTaker {
     super(room);
     this.reader = new Reader(room, this);
     this.#input = new Input(room.options);
-    this.servedIn = room.turns.number;
     this.pace = new Pace(access, access.record(address));
   }
 
