@@ -1413,7 +1413,8 @@ class Turns {
   #answered: Reader[] = [];
   #ending = false;
   #queue: { taker: TurnTaker; served: () => void }[] = [];
-  /** When the last turn with a pause ended, and whether a client had to wait since. */
+  /** When the last turn with a pause ended, and whether a client had to wait for others
+   * since. */
   #lastPause = 0;
   #isCrowded = false;
   /** How many writes have ended in this turn, and when it began. */
@@ -1437,8 +1438,11 @@ class Turns {
 
   /** Has `taker` say what is next, if it may in this turn and nobody waits. */
   serve(taker: TurnTaker): boolean {
-    const mustWait = this.#queue.length > 0 || this.#isOver;
-    if (mustWait || this.hasUsed(taker)) return false;
+    if (this.#queue.length > 0 || this.#isOver) {
+      this.#isCrowded = true;
+      return false;
+    }
+    if (this.hasUsed(taker)) return false;
     this.#serve(taker, performance.now());
     return true;
   }
@@ -1513,9 +1517,7 @@ class Turns {
       now = this.#serve(taker, now);
       served();
     }
-    if (this.#queue.length === 0) return;
-    this.#isCrowded = true;
-    this.endSoon();
+    if (this.#queue.length > 0) this.endSoon();
   };
 
   /** Returns when it has served `taker`. */
@@ -1940,11 +1942,13 @@ class Room {
 
   /** Whether more readers are far behind than the few that do not read. */
   #areManyBehind(): boolean {
-    const { end } = this.log;
-    return end > FAR_BEHIND_BYTES &&
-      this.readers.values()
-          .filter((reader) => reader.isBefore(end - FAR_BEHIND_BYTES))
-          .drop(FEW_READERS).next().done === false;
+    const place = this.log.end - FAR_BEHIND_BYTES;
+    let count = 0;
+    if (place <= 0) return false;
+    for (const reader of this.readers) {
+      if (reader.isBefore(place) && ++count > FEW_READERS) return true;
+    }
+    return false;
   }
 
   /** Starts a write for each reader that is not writing. */
@@ -2517,7 +2521,8 @@ class Client extends Person implements Sink, TurnTaker {
     this.#wake?.();
   }
 
-  /** Calls `late` if it has not entered the room by then. */
+  /** Calls `late` after that time, in place of an earlier deadline, unless the client
+   * enters the room or is closed before. */
   setDeadline(milliseconds: number, late: () => void): void {
     clearTimeout(this.#deadline);
     this.#deadline = setTimeout(late, milliseconds);
