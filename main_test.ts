@@ -1798,19 +1798,22 @@ Deno.test("a reader that takes nothing holds nobody's lines back", async () => {
     });
   }
   admit(server, { write: never });
-  let say: ((bytes: Uint8Array) => void) | null = null;
-  admit(server, {
-    read: (buffer) =>
-      new Promise((resolve) =>
-        say = (bytes) => resolve(Buffer.from(bytes).copy(buffer))
-      ),
-  });
+  // Two who take turns: the lines of one alone are written at once.
+  const says: ((bytes: Uint8Array) => void)[] = [];
+  for (let i = 0; i < 2; i++) {
+    admit(server, {
+      read: (buffer) =>
+        new Promise((resolve) =>
+          says.push((bytes) => resolve(Buffer.from(bytes).copy(buffer)))
+        ),
+      write: (bytes) => Promise.resolve(bytes.length),
+    });
+  }
   /** Says a line; resolves to the turns of the event loop until all have it. */
   const turnsFor = async (line: Uint8Array) => {
     const all = received + readers * line.length;
-    while (say === null) await turn();
-    say(line);
-    say = null;
+    while (says.length < 2) await turn();
+    says.shift()!(line);
     let turns = 0;
     for (; received < all && turns < 100_000; turns++) await turn();
     return turns;
@@ -1859,6 +1862,31 @@ Deno.test("a person who says something does not wait for all who always have mor
   await eventually(() => helloAt > 0, "hello is received");
   // A round of all talkers is 1.6 MB.
   assert(helloAt - before < 300_000, `after ${helloAt - before} bytes`);
+});
+
+Deno.test("clients whose input is all removed are not served before those who talk", async () => {
+  await using server = open({ raw: true, rate: 0 });
+  const reads = { talk: 0, junk: 0 };
+  const kinds = {
+    talk: Buffer.from(("y".repeat(99) + "\n").repeat(81)),
+    junk: Buffer.alloc(65_536, "\n"),
+  };
+  let isOver = false;
+  for (const kind of ["talk", "junk"] as const) {
+    for (let i = 0; i < 100; i++) {
+      admit(server, {
+        read(buffer) {
+          if (isOver) return never();
+          reads[kind]++;
+          return Promise.resolve(kinds[kind].copy(buffer));
+        },
+        write: (bytes) => Promise.resolve(bytes.length),
+      });
+    }
+  }
+  await eventually(() => reads.talk + reads.junk > 2_000, "all send");
+  isOver = true;
+  assert(reads.talk * 3 > reads.junk, JSON.stringify(reads));
 });
 
 Deno.test("the read buffer of a client shrinks when it sends little", async () => {
