@@ -1427,9 +1427,12 @@ class Turns {
 
   /**
    * @param flush starts to write what was appended in the turn
-   * @param isBehind tells whether readers are far behind
+   * @param areManyBehind tells whether many readers are far behind
    */
-  constructor(readonly flush: () => void, readonly isBehind: () => boolean) {}
+  constructor(
+    readonly flush: () => void,
+    readonly areManyBehind: () => boolean,
+  ) {}
 
   /** Whether the end of this turn is scheduled. */
   get isEnding(): boolean {
@@ -1544,7 +1547,8 @@ class Turns {
     this.writesEnded = 0;
     this.#began = now;
     const isLong = now - this.#lastInput > MOST_HELD_MILLISECONDS;
-    this.#isHeld = this.#idleTurns < IDLE_TURNS && !isLong && this.isBehind();
+    this.#isHeld = this.#idleTurns < IDLE_TURNS && !isLong &&
+      this.areManyBehind();
     if (!this.#isHeld) this.#lastInput = now;
   }
 
