@@ -853,18 +853,13 @@ class Log {
     return this.#head.start;
   }
 
-  /** Appends lines as {@linkcode Segment.append} does; tells whether the window
-   * has moved. */
-  append(text: string, lines: Uint8Array): boolean {
-    if (this.tail.append(text, lines)) return false;
+  /** Appends lines as {@linkcode Segment.append} does. */
+  append(text: string, lines: Uint8Array): void {
+    if (this.tail.append(text, lines)) return;
     this.tail = this.tail.next = new Segment(this.end);
     this.tail.append(text, lines);
-    if (this.#segments < WINDOW_SEGMENTS) {
-      this.#segments++;
-      return false;
-    }
-    this.#head = this.#head.next!;
-    return true;
+    if (this.#segments < WINDOW_SEGMENTS) this.#segments++;
+    else this.#head = this.#head.next!;
   }
 }
 
@@ -1127,7 +1122,7 @@ abstract class Person {
     if (this.ignored?.has(from)) return true;
     if (this.reader?.isFull) return false;
     this.replyTo = from;
-    const bell = this.room.bells.has(this) ? "\x07" : "";
+    const bell = this.room.bell.has(this) ? "\x07" : "";
     this.tell(`${bell}${this.room.stamp()}[${from.name} -> you] ${text}\n`);
     return true;
   }
@@ -1219,10 +1214,11 @@ interface Run {
   /** `command`: a line that may be one. The last two stand for a line that is left
    * out, or the rest of it: see {@linkcode REFUSED}. */
   kind: "message" | "command" | "too long" | "erased";
-  start: number;
-  end: number;
-  /** How many lines. */
+  /** The lines, with their ends, and how many they are. */
+  lines: Uint8Array;
   count: number;
+  /** The lines after them. */
+  rest: Uint8Array;
 }
 
 /**
@@ -1232,13 +1228,8 @@ interface Run {
  * @param most how many lines
  * @param hasCommands whether a line that begins with a slash may be a command
  */
-function nextRun(
-  lines: Uint8Array,
-  next: number,
-  most: number,
-  hasCommands = true,
-): Run {
-  const first = lines[next], start = first === PIECE ? next + 1 : next;
+function nextRun(lines: Uint8Array, most: number, hasCommands: boolean): Run {
+  const first = lines[0], start = first === PIECE ? 1 : 0;
   const kind = kindOf(first, hasCommands);
   const mostLines = kind === "message" ? Math.min(most, APPENDED_LINES) : 1;
   let end = start, count = 0;
@@ -1249,7 +1240,8 @@ function nextRun(
     end < lines.length && count < mostLines && end - start < APPENDED_BYTES &&
     lines[end] !== PIECE && kindOf(lines[end], hasCommands) === "message"
   );
-  return { kind, start, end, count };
+  const rest = end < lines.length ? lines.subarray(end) : NO_BYTES;
+  return { kind, lines: lines.subarray(start, end), count, rest };
 }
 
 /** What a line is that begins with a byte. */
@@ -1286,6 +1278,7 @@ class JoinLeaveNotices {
   /** Tells of a change, at once or later. */
   add(change: Change, person: Person, reason: string): void {
     const { room } = this, { name } = person, now = performance.now();
+    if (room.options.raw || room.closed) return;
     const earned = (now - this.#counted) / 1_000;
     this.#tokens = Math.min(this.#tokens + earned, NOTICE_BURST);
     this.#counted = now;
@@ -1587,34 +1580,22 @@ const LISTED_NAMES = 20;
 /** In a room of so many people all may be looked at to answer one of them. */
 const SMALL_ROOM = 100;
 
-/** Who is here, by name. */
-class People {
-  /** By {@linkcode nameKey}. */
-  readonly byKey = new Map<string, Person>();
+/** Who is here, by {@linkcode nameKey}. */
+class People extends Map<string, Person> {
   /** The names of this server on its links, by {@linkcode nameKey}. */
   readonly ownNames = new Set<string>();
   #guests = 0;
-  /** What `/who` answers, and the first people and how they are listed: kept until
-   * one of them changes, as a crowd that joins would have both made for each. */
+  /** What `/who` answers, until somebody joins, leaves or changes. */
   #everyone: Uint8Array | null = null;
-  #first: { people: Person[]; labels: string } | null = null;
-
-  get size(): number {
-    return this.byKey.size;
-  }
-
-  values(): MapIterator<Person> {
-    return this.byKey.values();
-  }
 
   /** The person of that name, as people write it: `bob`, `bob,` or `@bob`; on the
    * server that is linked as tokyo `bob@tokyo` too. */
   find(name: string): Person | undefined {
-    const exact = this.byKey.get(nameKey(name));
+    const exact = this.get(nameKey(name));
     if (exact !== undefined) return exact;
     const plain = name.replace(/^@|[,:]$/g, ""), at = plain.indexOf("@");
     const isOwn = at > 0 && this.ownNames.has(nameKey(plain.slice(at + 1)));
-    return this.byKey.get(nameKey(isOwn ? plain.slice(0, at) : plain));
+    return this.get(nameKey(isOwn ? plain.slice(0, at) : plain));
   }
 
   /** A person on another server whose name begins with `name`, as `bob@paris` does;
@@ -1622,15 +1603,13 @@ class People {
   findElsewhere(name: string): Person | undefined {
     if (this.size > SMALL_ROOM) return;
     const start = `${nameKey(name)}@`;
-    for (const [key, person] of this.byKey) {
-      if (key.startsWith(start)) return person;
-    }
+    return this.values().find((it) => nameKey(it.name).startsWith(start));
   }
 
   /** A name that nobody has. */
   guestName(): string {
     let name;
-    do name = `guest${++this.#guests}`; while (this.byKey.has(name));
+    do name = `guest${++this.#guests}`; while (this.has(name));
     return name;
   }
 
@@ -1645,64 +1624,47 @@ class People {
   /** Adds a person under a name that has no {@linkcode People.nameProblem}. */
   add(person: Person, name: string): void {
     person.name = name;
-    this.byKey.set(nameKey(name), person);
-    this.changed(person);
-  }
-
-  rename(person: Person, name: string): void {
-    this.byKey.delete(nameKey(person.name));
-    this.add(person, name);
+    this.set(nameKey(name), person);
+    this.changed();
   }
 
   /** Tells whether `person` was here: not if no name was given yet. */
   remove(person: Person): boolean {
     const key = nameKey(person.name);
-    if (this.byKey.get(key) !== person) return false;
-    this.byKey.delete(key);
-    this.changed(person);
-    return true;
+    if (this.get(key) !== person) return false;
+    this.changed();
+    return this.delete(key);
   }
 
-  /** Someone has joined, left or changed. */
-  changed(person: Person): void {
+  /** Somebody has joined, left or changed. */
+  changed(): void {
     this.#everyone = null;
-    const people = this.#first?.people ?? [];
-    if (people.length < LISTED_NAMES || people.includes(person)) {
-      this.#first = null;
-    }
   }
 
   /** The first of those who are here, in one line for a new client. */
   get hereNow(): string {
-    const { size } = this;
-    if (size === 0) return "* Nobody else is here yet.\n";
-    if (this.#first === null) {
-      const people = [...this.values().take(LISTED_NAMES)];
-      this.#first = { people, labels: people.map(label).join(", ") };
-    }
-    const { people, labels } = this.#first, others = size - people.length;
+    if (this.size === 0) return "* Nobody else is here yet.\n";
+    const labels = [...this.values().take(LISTED_NAMES).map(label)].join(", ");
+    const others = this.size - LISTED_NAMES;
     const more = others > 0 ? `, and ${others} more` : "";
-    return `* Here now: ${labels}${more} (${size})\n`;
+    return `* Here now: ${labels}${more} (${this.size})\n`;
   }
 
   /** Everyone who is here, in lines of {@linkcode LINE_BYTES} at most; those of
    * this server first. */
   get everyone(): Uint8Array {
     if (this.#everyone !== null) return this.#everyone;
-    let text = "", line = "* Here now:";
-    const people = [...this.values()];
     const isRemote = (person: Person) => Number(person instanceof RemotePerson);
-    people.sort((a, b) => isRemote(a) - isRemote(b));
-    for (const person of people) {
-      const next = `${line} ${label(person)},`;
+    const people = [...this.values()].sort((a, b) => isRemote(a) - isRemote(b));
+    const start = "* Here now:", lines = [start];
+    for (const item of people.map((person) => ` ${label(person)},`)) {
+      const line = lines.at(-1) + item;
       // A letter takes three bytes at most for a UTF-16 unit.
-      if (next.length * 3 > LINE_BYTES) {
-        text += line + "\n";
-        line = `* Here now: ${label(person)},`;
-      } else line = next;
+      if (line.length * 3 > LINE_BYTES) lines.push(start + item);
+      else lines[lines.length - 1] = line;
     }
-    text += `${line.replace(/,$/, "")} (${this.size})\n`;
-    return this.#everyone = encoder.encode(text);
+    const text = lines.join("\n").replace(/,$/, "");
+    return this.#everyone = encoder.encode(`${text} (${this.size})\n`);
   }
 }
 
@@ -1715,12 +1677,13 @@ class Room {
   /** Everyone and everything that receives something, in the room or not yet. */
   readonly readers = new Set<Reader>();
   readonly people = new People();
+  readonly access: Access;
   /** Those who receive no notices of joining, leaving and new names, and those who
    * receive none that is only of clients of this server that join and leave. */
   readonly quiet = new Set<Person>();
   readonly quietOnClients = new Set<Person>();
   /** Those whose terminals ring when they are named. */
-  readonly bells = new Set<Person>();
+  readonly bell = new Set<Person>();
   /** What a new client is shown after the welcome: lines with their ends. */
   motd = "";
   /** Where a browser that asks the chat port is sent. */
@@ -1733,12 +1696,11 @@ class Room {
   readonly #notices = new JoinLeaveNotices(this);
   readonly #clock = new Clock((date) => this.#history.addDate(date));
   #flushNeeded = false;
-  /** Whether readers may be behind the window since the last flush. */
-  #windowMoved = false;
   #lastSender: Person | undefined;
   readonly #emptied = Promise.withResolvers<void>();
 
-  constructor(readonly options: Options) {
+  constructor(readonly options: Options, readonly report: Report) {
+    this.access = new Access(options);
     this.#history = new History(options.raw ? 0 : options.history);
   }
 
@@ -1747,7 +1709,7 @@ class Room {
   /** Lets `person` in under a name that has no {@linkcode People.nameProblem}. */
   enter(person: Person, name: string): void {
     this.add(person, name);
-    this.#tellChange("entered", person, "");
+    this.#notices.add("entered", person, "");
     person.reader?.follow();
   }
 
@@ -1759,20 +1721,16 @@ class Room {
 
   /** Gives `person` another name that has no {@linkcode People.nameProblem}. */
   rename(person: Person, name: string): void {
-    const before = person.name, text = `* ${before} is now known as ${name}\n`;
-    this.people.rename(person, name);
+    const before = person.name, text = `${before} is now known as ${name}`;
+    this.people.remove(person);
+    this.people.add(person, name);
     for (const link of this.#linksFor(person)) link.renamed(before, name);
     if (this.#notices.isUnknown(person)) {
       // Only the operator has been told, by a report, who has connected.
       const others = person instanceof RemotePerson ? [] : this.quietOnClients;
-      for (const other of others) other.tell(text);
-    } else {
-      const start = this.log.end;
-      this.#append(text, NO_BYTES, person);
-      for (const other of this.quiet) other.reader?.skip(start);
-      this.#flushSoon();
-    }
-    person.tell(text); // in any case: this answers /nick
+      for (const other of others) other.tell(`* ${text}\n`);
+    } else this.notice(text, person, this.quiet);
+    person.tell(`* ${text}\n`); // in any case: this answers /nick
   }
 
   /** Takes `person` out, and tells the others unless `silent`; its reader may still
@@ -1786,24 +1744,22 @@ class Room {
     reason: string,
     { silent = false, mayReturn = false } = {},
   ): void {
-    const { ignored, ignoredBy } = person;
     person.replyTo = null; // or each would keep the one before in memory
-    if (ignored) { for (const it of ignored) it.ignoredBy?.delete(person); }
-    if (ignoredBy && !mayReturn) {
-      for (const it of ignoredBy) it.ignored?.delete(person);
+    for (const it of person.ignored ?? []) it.ignoredBy?.delete(person);
+    if (!mayReturn) {
+      for (const it of person.ignoredBy ?? []) it.ignored?.delete(person);
     }
     this.quiet.delete(person);
-    this.quietOnClients.delete(person);
-    this.bells.delete(person);
+    this.bell.delete(person);
     if (!this.people.remove(person)) return;
     for (const link of this.#linksFor(person)) link.left(person.name, reason);
     if (silent) this.#notices.forget(person);
-    else this.#tellChange("left", person, reason);
+    else this.#notices.add("left", person, reason);
   }
 
   setAway(person: Person, reason: string | null): void {
     person.away = reason;
-    this.people.changed(person);
+    this.people.changed();
     for (const link of this.#linksFor(person)) link.away(person.name, reason);
   }
 
@@ -1825,7 +1781,7 @@ class Room {
    * ignore `from`. */
   say(from: Person, lines: Uint8Array, { action = false } = {}): void {
     const start = this.log.end, time = this.stamp();
-    if (this.bells.size > 0) this.#ring(from, decoder.decode(lines));
+    if (this.bell.size > 0) this.#ring(from, decoder.decode(lines));
     this.#notices.spoke(from);
     this.#append(time + (action ? `** ${from.name} ` : from.mark), lines, from);
     if (this.#history.most > 0 || this.transcript !== null) {
@@ -1843,10 +1799,9 @@ class Room {
   #ring(from: Person, text: string): void {
     const words = new Set(text.split(/[^\p{L}\p{M}\p{Nd}_@-]+/u).map(nameKey));
     for (const word of words) {
-      const { byKey } = this.people;
-      const person = byKey.get(word) ??
+      const person = this.people.get(word) ??
         (word.includes("@") ? this.people.find(word) : undefined);
-      if (!person || person === from || !this.bells.has(person)) continue;
+      if (!person || person === from || !this.bell.has(person)) continue;
       if (!person.ignored?.has(from)) person.tell("\x07");
     }
   }
@@ -1860,28 +1815,22 @@ class Room {
     if (to.away !== null) from.tell(awayText(to));
   }
 
-  /** The server's own words to everyone. */
-  notice(text: string): void {
-    this.#append(`* ${text}\n`, NO_BYTES);
+  /** The server's own words, hidden from the person that they are about, from those
+   * who ignore that person, and from `others`. */
+  notice(text: string, about?: Person, others?: Iterable<Person>): void {
+    const start = this.log.end;
+    this.#append(`* ${text}\n`, NO_BYTES, about);
+    for (const other of others ?? []) other.reader?.skip(start);
     this.#flushSoon();
-  }
-
-  #tellChange(change: Change, person: Person, reason: string): void {
-    if (this.options.raw || this.closed) return;
-    this.#notices.add(change, person, reason);
   }
 
   /** Tells those who want to know that `people` joined or left. A notice about one
    * person alone is hidden from that person and from those who ignore them. */
   noticeChange(text: string, people: Person[]): void {
-    const start = this.log.end,
-      only = people.length === 1 ? people[0] : undefined;
-    this.#append(`* ${text}\n`, NO_BYTES, only);
-    for (const other of this.quiet) other.reader?.skip(start);
-    if (!people.some((person) => person instanceof RemotePerson)) {
-      for (const other of this.quietOnClients) other.reader?.skip(start);
-    }
-    this.#flushSoon();
+    const hasRemote = people.some((person) => person instanceof RemotePerson);
+    const { quiet, quietOnClients } = this;
+    const others = hasRemote ? quiet : quiet.union(quietOnClients);
+    this.notice(text, people.length === 1 ? people[0] : undefined, others);
   }
 
   /** Says the last line that anyone receives. */
@@ -1921,7 +1870,7 @@ class Room {
   /** Appends to the log, past `from` and those who ignore `from`. */
   #append(text: string, lines: Uint8Array, from?: Person): void {
     const start = this.log.end;
-    if (this.log.append(text, lines)) this.#windowMoved = true;
+    this.log.append(text, lines);
     from?.reader?.skip(start);
     if (from?.ignoredBy) {
       for (const other of from.ignoredBy) other.reader?.skip(start);
@@ -1959,19 +1908,15 @@ class Room {
   #flush(): void {
     if (!this.#flushNeeded) return;
     this.#flushNeeded = false;
-    const readers = [...this.readers];
-    if (this.#windowMoved) {
-      this.#windowMoved = false;
-      const { start } = this.log;
-      for (const reader of readers) {
-        if (reader.isBefore(start)) reader.sink.fail(TOO_SLOW);
-      }
-    }
+    const readers = [...this.readers], { start } = this.log;
     if (readers.length <= RANDOM_START_READERS) {
       const first = Math.floor(Math.random() * readers.length);
       readers.push(...readers.splice(0, first));
     }
-    for (const reader of readers) reader.flush();
+    for (const reader of readers) {
+      if (reader.isBefore(start)) reader.sink.fail(TOO_SLOW);
+      reader.flush();
+    }
   }
 }
 
@@ -2045,52 +1990,37 @@ class Input {
   question: "" | "password" | "name" = "";
   /** Whether the first line was looked at. */
   firstLineSeen = false;
+  /** The lines that wait. They may lie in {@linkcode Input.buffer}. */
+  lines: Uint8Array = NO_BYTES;
   /** Made with the first bytes: many clients only listen. */
   #splitter: LineSplitter | null = null;
-  #lines: Uint8Array = NO_BYTES;
-  /** The byte of `#lines` at which the next line begins. */
-  #next = 0;
   /** How many bytes of a TLS handshake came first; -1 if there were others. */
   #tlsBytes = 0;
 
   constructor(readonly options: Options) {}
 
-  get telnet(): TelnetFilter | null {
-    return this.#splitter?.telnet ?? null;
-  }
-
   get hasLine(): boolean {
-    return this.#next < this.#lines.length;
-  }
-
-  /** The lines that wait. They may lie in {@linkcode Input.buffer}. */
-  get lines(): Uint8Array {
-    return this.#lines.subarray(this.#next);
+    return this.lines.length > 0;
   }
 
   /** Makes lines of the first `count` bytes of the buffer, when the ones before were
-   * all said. Returns what they cost beyond that, as {@linkcode LineSplitter.junk}. */
-  split(count: number): number {
+   * all said. Returns what made them. */
+  split(count: number): LineSplitter {
     const splitter = this.#splitter ??= this.#newSplitter();
-    this.#setLines(splitter.push(this.buffer.subarray(0, count)));
+    this.lines = splitter.push(this.buffer.subarray(0, count));
     this.#sizeBuffer(count);
-    return splitter.junk;
+    return splitter;
   }
 
   /** The client has ended: what it sent last may be a line. */
   end(): void {
-    this.#setLines(this.#splitter?.end() ?? NO_BYTES);
+    this.lines = this.#splitter?.end() ?? NO_BYTES;
   }
 
   /** Keeps nothing in memory. */
   release(): void {
-    this.#setLines(this.buffer = NO_BYTES);
+    this.lines = this.buffer = NO_BYTES;
     this.#splitter = null;
-  }
-
-  #setLines(lines: Uint8Array): void {
-    this.#lines = lines;
-    this.#next = 0;
   }
 
   #newSplitter(): LineSplitter {
@@ -2104,31 +2034,19 @@ class Input {
     });
   }
 
-  /** The lines that can be handled together, as {@linkcode nextRun} finds them. */
-  peekRun(most: number, hasCommands: boolean): Run {
-    return nextRun(this.#lines, this.#next, most, hasCommands);
-  }
-
-  /** Takes the lines of a run. */
-  take({ start, end }: Run): Uint8Array {
-    this.#next = end;
-    return this.#lines.subarray(start, end);
-  }
-
-  /** The next line, without its end. */
-  peekLine(): string {
-    const end = this.#lines.indexOf(LF, this.#next);
-    return decoder.decode(this.#lines.subarray(this.#next, end));
+  /** Takes the lines that can be handled together, as {@linkcode nextRun} finds
+   * them. */
+  take(most: number, hasCommands: boolean): Run {
+    const run = nextRun(this.lines, most, hasCommands);
+    this.lines = run.rest;
+    return run;
   }
 
   /** Whether the first bytes, which may come one by one, begin a TLS handshake. */
   beginsTls(count: number): boolean {
-    if (this.#tlsBytes < 0) return false;
-    for (const byte of this.buffer.subarray(0, count)) {
-      if (byte !== TLS_HANDSHAKE[this.#tlsBytes++]) {
-        this.#tlsBytes = -1;
-        return false;
-      }
+    for (let i = 0; i < count && this.#tlsBytes >= 0; i++) {
+      const isNext = this.buffer[i] === TLS_HANDSHAKE[this.#tlsBytes];
+      this.#tlsBytes = isNext ? this.#tlsBytes + 1 : -1;
       if (this.#tlsBytes === TLS_HANDSHAKE.length) return true;
     }
     return false;
@@ -2138,15 +2056,13 @@ class Input {
   #sizeBuffer(count: number): void {
     const { length } = this.buffer;
     const most = this.options.rate > 0 ? PACED_READ_BYTES : LARGEST_READ_BYTES;
-    if (count === length) {
-      if (length < most) {
-        this.buffer = new Uint8Array(Math.min(length * 8, most));
-      }
-    } else if (count <= SMALLEST_READ_BYTES) {
-      if (length > SMALLEST_READ_BYTES) this.buffer = smallestBuffer();
-    } else if (length > RESTING_READ_BYTES) {
-      this.buffer = new Uint8Array(RESTING_READ_BYTES);
-    }
+    let size = Math.min(length, RESTING_READ_BYTES);
+    if (count === length) size = Math.min(length * 8, most);
+    else if (count <= SMALLEST_READ_BYTES) size = SMALLEST_READ_BYTES;
+    if (size === length) return;
+    this.buffer = size > SMALLEST_READ_BYTES
+      ? new Uint8Array(size)
+      : smallestBuffer();
   }
 }
 
@@ -2256,16 +2172,14 @@ class Client extends Person implements Sink, TurnTaker {
 
   constructor(
     room: Room,
-    readonly access: Access,
     readonly connection: Connection,
     readonly address: string,
     readonly port: number,
-    readonly report: Report,
   ) {
     super(room);
     this.reader = new Reader(room, this);
     this.#input = new Input(room.options);
-    this.pace = new Pace(access, access.record(address));
+    this.pace = new Pace(room.access, room.access.record(address));
   }
 
   /** Its address and port, in the usual form. */
@@ -2276,61 +2190,43 @@ class Client extends Person implements Sink, TurnTaker {
   /** The life of the client. While it is in the room this is the only function
    * that waits: one more frame costs each client kilobytes. */
   async live(): Promise<void> {
-    const { room, access, connection } = this, { turns } = room;
+    const { room, connection } = this, { turns } = room;
     if (connection.handshake) await handshake(this);
-    if (access.asksPassword && !this.left) await askPassword(this);
-    if (room.options.askName && !this.left) await askName(this);
-    else if (!this.left) {
-      this.enter(room.options.raw ? "" : room.people.guestName());
-    }
-    while (this.#isHere()) {
-      const wait = this.#wait();
+    // The new connection is reported before it is refused.
+    if (room.access.asksPassword) await Promise.resolve();
+    if (!this.left) askPasswordOrName(this);
+    // It is here until it has ended, and all that it sent was said.
+    while (!this.#inputEnded || (this.#input.hasLine && !this.left)) {
+      const wait = this.left ? null : this.#wait();
       if (wait !== null) await wait;
-      else if (!this.#input.hasLine) {
-        let count;
+      else if (this.left || !this.#input.hasLine) {
+        let count: number | null = 0; // which means that reading fails
         try {
           count = await connection.read(this.#input.buffer);
-        } catch {
-          this.#readFailed();
-          continue;
-        }
+        } catch { /* it does */ }
         this.#received(count);
+        // To close with unread input would reset the connection, and the last
+        // lines to the client could be lost.
+        if (this.left && !this.#inputEnded) {
+          await this.#sleep(DISCARD_MILLISECONDS);
+        }
       } else if (!turns.serve(this)) await turns.wait(this);
     }
-    // To close with unread input would reset the connection, and the last lines
-    // to the client could be lost.
-    while (!this.#inputEnded) {
-      await this.#read();
-      if (!this.#inputEnded) await this.#sleep(DISCARD_MILLISECONDS);
-    }
+    this.leave("");
     if (this.#outputEnded) this.#close();
   }
 
   // -- before it is in the room
 
-  /** Asks, and resolves to the next line that the client sends; to `null` if it
-   * leaves instead. */
-  async ask(
-    question: string,
-    kind: "password" | "name",
-  ): Promise<string | null> {
+  /** Asks what the next line is to answer. */
+  ask(question: string, kind: "password" | "name"): void {
     this.tell(question);
     this.#input.question = kind;
-    while (this.#isHere()) {
-      const wait = this.#wait();
-      if (wait !== null) await wait;
-      else if (!this.#input.hasLine) await this.#read();
-      else if (!refuseOtherProtocol(this, this.#input)) {
-        this.#input.question = "";
-        return this.#takeLine(this.#input.peekRun(1, false));
-      }
-    }
-    return null;
   }
 
   /** Greets the client, and lets it into the room. */
   enter(name: string): void {
-    const { room, reader, access } = this, { raw, askName } = room.options;
+    const { room, reader } = this, { raw, askName } = room.options;
     clearTimeout(this.#deadline);
     if (raw) reader.follow();
     else {
@@ -2341,18 +2237,11 @@ class Client extends Person implements Sink, TurnTaker {
       room.enter(this, name);
       reader.flush();
     }
-    if (askName) this.report("Name chosen by", this);
-    else if (access.asksPassword) this.report("Password accepted from", this);
+    const what = askName ? "Name chosen by" : "Password accepted from";
+    if (askName || room.access.asksPassword) room.report(what, this);
   }
 
   // -- reading
-
-  /** Leaves if the client has ended and all that it sent was said. Tells whether it is
-   * still here. */
-  #isHere(): boolean {
-    if (this.#inputEnded && !this.#input.hasLine) this.leave("");
-    return !this.left;
-  }
 
   /** What the client has to wait for before anything else: its pace, the answers
    * that it has not taken yet, or its turn. */
@@ -2374,32 +2263,17 @@ class Client extends Person implements Sink, TurnTaker {
     });
   }
 
-  async #read(): Promise<void> {
-    let count;
-    try {
-      count = await this.connection.read(this.#input.buffer);
-    } catch {
-      return this.#readFailed();
-    }
-    this.#received(count);
-  }
-
-  #readFailed(): void {
-    this.#inputEnded = true;
-    this.fail("");
-  }
-
   #received(count: number | null): void {
     const input = this.#input;
     if (count === null) this.#inputEnded = true;
-    else if (!(count > 0)) return this.#readFailed(); // it would be tried endlessly
+    else if (!(count > 0)) return this.fail(""); // it would be tried endlessly
     if (this.left) return; // nothing more of it is looked at
     if (count === null) return input.end();
     if (input.beginsTls(count)) return this.leave("TLS, which is off");
-    // What cleaning removed costs like what it kept: it was work.
-    this.pace.charge(input.split(count));
+    const { junk, telnet } = input.split(count);
+    this.pace.charge(junk); // what cleaning removed was work like what it kept
     this.room.turns.count(this, count);
-    if (input.telnet !== null) answerTelnet(this, input.telnet);
+    if (telnet !== null) answerTelnet(this, telnet);
   }
 
   // -- talking
@@ -2408,40 +2282,24 @@ class Client extends Person implements Sink, TurnTaker {
   sayNext(): void {
     if (this.#input.hasLine) this.lastLine = this.room.turns.servedSince;
     for (let others = 0; others < MOST_COMMANDS; others++) {
-      if (this.left || this.#input.question || !this.#input.hasLine) return;
+      if (this.left || !this.#input.hasLine) return;
       if (this.pace.lines < 1 || this.reader.isBacklogged) return;
       if (refuseOtherProtocol(this, this.#input) || this.#sayRun()) return;
     }
   }
 
-  /** Says the next lines that can be appended together, or the next other one.
+  /** Says the next lines that can be appended together, or takes the next other one.
    * Tells whether something was appended. */
   #sayRun(): boolean {
-    const { room } = this, { raw, askName } = room.options;
-    const run = this.#input.peekRun(this.pace.lines, !raw && !askName);
-    if (run.kind === "message") {
-      this.pace.charge(run.count);
-      const bytes = run.end - run.start;
-      room.turns.count(this, bytes + run.count * LINE_COST);
-      room.say(this, this.#input.take(run));
-      return true;
-    }
-    const line = this.#takeLine(run);
-    if (run.kind !== "command") {
-      this.tellError(REFUSED[run.kind]);
-      return false;
-    }
-    const said = COMMANDS.run(this, line);
-    if (said !== null) room.say(this, said);
-    return said !== null;
-  }
-
-  /** Takes one line, which is not said as it is. */
-  #takeLine(run: Run): string {
-    const line = decoder.decode(this.#input.take(run).subarray(0, -1));
-    this.pace.charge(1);
-    this.room.turns.count(this, line.length + LINE_COST);
-    return line;
+    const { room, pace } = this, { raw, askName } = room.options;
+    const input = this.#input, { question } = input;
+    const run = input.take(question ? 1 : pace.lines, !raw && !askName);
+    pace.charge(run.count);
+    room.turns.count(this, run.lines.length + run.count * LINE_COST);
+    if (!question) return COMMANDS.handle(this, run);
+    input.question = "";
+    answer(this, question, decoder.decode(run.lines.subarray(0, -1)));
+    return false;
   }
 
   // -- receiving
@@ -2466,42 +2324,39 @@ class Client extends Person implements Sink, TurnTaker {
   }
 
   /** Leaves the room. The lines before that are still written, for
-   * {@linkcode DRAIN_MILLISECONDS} at most, unless `drain` is false. */
-  leave(reason: string, { drain = true } = {}): void {
+   * {@linkcode DRAIN_MILLISECONDS} at most. */
+  leave(reason: string): void {
     if (this.left) {
       if (this.room.closed && this.#outputEnded) this.#close();
       return;
     }
+    const { room } = this;
     this.left = true;
-    this.access.release(this.pace.record);
-    this.room.leave(this, reason);
-    const ended = this.#inputEnded || !drain && reason !== TOO_SLOW;
-    this.report(ended ? "Connection closed by" : "Disconnected", this, reason);
-    clearTimeout(this.#deadline);
+    room.access.release(this.pace.record);
+    room.leave(this, reason);
+    const what = this.#inputEnded ? "Connection closed by" : "Disconnected";
+    room.report(what, this, reason);
     this.#stopSleeping();
-    if (!drain) return this.#close();
     this.reader.end();
     if (this.#closed) return; // without a timer, which takes 1.3 KB
     this.setDeadline(DRAIN_MILLISECONDS, () => this.#close());
   }
 
   fail(reason: string): void {
-    if (this.left) this.#close();
-    else this.leave(reason, { drain: false });
+    if (reason !== TOO_SLOW) this.#inputEnded = true;
+    this.reader.stop();
+    this.leave(reason);
+    this.#close();
   }
 
-  drained(): void {
+  async drained(): Promise<void> {
     const { connection } = this;
     // If the client has ended its side, closing a TCP connection is enough: the system
     // still delivers what it took.
     const isEnd = this.#inputEnded && "setNoDelay" in connection;
     if (isEnd || !connection.closeWrite) return this.#close();
-    this.#endOutput();
-  }
-
-  async #endOutput(): Promise<void> {
     try {
-      await this.connection.closeWrite!();
+      await connection.closeWrite();
       this.#outputEnded = true;
       if (!this.#inputEnded && !this.room.closed) return;
     } catch { /* the client is gone */ }
@@ -2537,7 +2392,7 @@ class Client extends Person implements Sink, TurnTaker {
 
 /** Waits until bytes can be exchanged. */
 async function handshake(client: Client): Promise<void> {
-  const fail = () => client.leave("no TLS", { drain: false });
+  const fail = () => client.fail("no TLS");
   client.setDeadline(ANSWER_MILLISECONDS, fail);
   try {
     await client.connection.handshake!();
@@ -2556,37 +2411,47 @@ function limitAnswer(
   client.setDeadline(milliseconds, () => client.disconnect(why, reason));
 }
 
-/** Asks for the password until it is right, or the client has left. */
-async function askPassword(client: Client): Promise<void> {
-  const { access, room, pace: { record } } = client, reason = "no password";
-  limitAnswer(client, ANSWER_MILLISECONDS, reason);
-  await Promise.resolve(); // the new connection is reported first
-  for (;;) {
-    if (access.isLocked(record)) {
-      const wait = "Too many wrong passwords from your address.";
-      return client.disconnect(`${wait} Try again in a minute.`, reason);
-    }
-    const question = "* This room has a password. What is it?\n";
-    const line = await client.ask(question, "password");
-    if (line === null) return;
-    // Others at its address may have tried meanwhile.
-    if (access.isLocked(record)) continue;
-    if (access.tryPassword(line, record)) return;
-    // In a raw room the question is the only line that is not a relayed one.
-    if (!room.options.raw) client.tellError("That is not the password.");
-  }
+/** Asks for the password, where there is one, and then for a name. */
+function askPasswordOrName(client: Client): void {
+  if (!client.room.access.asksPassword) return askName(client);
+  limitAnswer(client, ANSWER_MILLISECONDS, "no password");
+  askPassword(client);
 }
 
-/** Asks for a name, as Protohackers' Budget Chat does, and lets the client in. */
-async function askName(client: Client): Promise<void> {
+/** Asks for the password, unless there were too many wrong ones. */
+function askPassword(client: Client): void {
+  if (!client.room.access.isLocked(client.pace.record)) {
+    const question = "* This room has a password. What is it?\n";
+    return client.ask(question, "password");
+  }
+  const wait = "Too many wrong passwords from your address.";
+  client.disconnect(`${wait} Try again in a minute.`, "no password");
+}
+
+/** Asks for a name, as Protohackers' Budget Chat does, in a room that wants that;
+ * lets the client into another. */
+function askName(client: Client): void {
+  const { people, options: { raw, askName } } = client.room;
+  if (!askName) return client.enter(raw ? "" : people.guestName());
   limitAnswer(client, NAME_MILLISECONDS, "no name");
-  const question = "* Welcome to Parley. What is your name?\n";
-  const line = await client.ask(question, "name");
-  if (line === null) return;
-  const name = normalizeName(line);
-  const problem = client.room.people.nameProblem(name, client);
-  if (problem === null) return client.enter(name!);
-  client.disconnect(`${problem} Join again with another.`, "no name");
+  client.ask("* Welcome to Parley. What is your name?\n", "name");
+}
+
+/** Takes the answer to a question. */
+function answer(client: Client, question: string, line: string): void {
+  const { people, access, options } = client.room, { record } = client.pace;
+  if (question === "name") {
+    const name = normalizeName(line);
+    const problem = people.nameProblem(name, client);
+    if (problem === null) return client.enter(name!);
+    client.disconnect(`${problem} Join again with another.`, "no name");
+  } else if (access.isLocked(record)) askPassword(client); // by others' answers
+  else if (access.tryPassword(line, record)) askName(client);
+  else {
+    // In a raw room the question is the only line that is not a relayed one.
+    if (!options.raw) client.tellError("That is not the password.");
+    askPassword(client);
+  }
 }
 
 /** What a client is told as it enters. */
@@ -2607,10 +2472,8 @@ function tellOfWaiting(client: Client, input: Input): void {
   const { rate, raw, askName } = client.room.options;
   if (raw || askName || !client.pace.isNoticeTime()) return;
   const count = countLines(input.lines);
-  const lines = count === 1 ? "1 is" : `${count} are`;
-  client.tellError(
-    `Your lines are sent at ${rate} a second; ${lines} waiting.`,
-  );
+  const waiting = `${count} ${count === 1 ? "is" : "are"} waiting`;
+  client.tellError(`Your lines are sent at ${rate} a second; ${waiting}.`);
 }
 
 // -- clients of other protocols
@@ -2619,9 +2482,6 @@ function tellOfWaiting(client: Client, input: Input): void {
  * first piece, if it is too long for one. */
 const REQUEST =
   /^[a-z]+ \S+ ((?:HTTP|RTSP|SIP)\/\d\S*)|^(?:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) \S{4000,}$/i;
-
-/** The first line of an SSH client (RFC 4253, 4.2). */
-const SSH_BANNER = /^SSH-\d/;
 
 /** How a TLS handshake begins (RFC 8446, 5.1). */
 const TLS_HANDSHAKE = [0x16, 0x03];
@@ -2634,14 +2494,13 @@ const NOT_A_TERMINAL =
 function refuseOtherProtocol(client: Client, input: Input): boolean {
   if (input.firstLineSeen) return false;
   input.firstLineSeen = true;
-  const line = input.peekLine();
+  const request = decoder.decode(input.lines), [line] = request.split("\n", 1);
+  const isSsh = /^SSH-\d/.test(line); // RFC 4253, 4.2
   const [isRequest, version] = REQUEST.exec(line) ?? [];
-  if (!isRequest && !SSH_BANNER.test(line)) return false;
-  const request = decoder.decode(input.lines), { webPage } = client.room;
-  client.tell(
-    isRequest ? webAnswer(request, webPage, version) : NOT_A_TERMINAL,
-  );
-  client.leave(isRequest ? "a web request" : "an SSH client");
+  if (!isRequest && !isSsh) return false;
+  const { webPage } = client.room;
+  client.tell(isSsh ? NOT_A_TERMINAL : webAnswer(request, webPage, version));
+  client.leave(isSsh ? "an SSH client" : "a web request");
   return true;
 }
 
@@ -2663,18 +2522,10 @@ function answerTelnet(client: Client, telnet: TelnetFilter): void {
   pace.charge(1);
 }
 
-/**
- * The answer to a request: a redirect to the web page, if there is one.
- *
- * @param request the lines of it that have come
- * @param webPage the address of the page, under this machine's own name for itself
- */
-function webAnswer(
-  request: string,
-  webPage: string,
-  version = "HTTP/1.1",
-): string {
-  const page = URL.parse(webPage);
+/** The answer to a request, whose first lines have come: a redirect to the web page,
+ * if there is one, under this machine's own name for itself. */
+function webAnswer(request: string, url: string, version = "HTTP/1.1"): string {
+  const page = URL.parse(url);
   const [, host] = /^host: *(\[[\da-f:.]+\]|[\w.-]+)/im.exec(request) ?? [];
   if (page !== null && host) page.hostname = host;
   const status = page && /^HTTP/i.test(version)
@@ -2696,18 +2547,16 @@ const COMMAND_LINE = /^\/(\p{L}+|\?)(?:\s|$)/u;
 /** The longest name of a command that is looked at. */
 const COMMAND_UNITS = 24;
 
-/** What commands are called in other chats, for those who type that. */
-const NAMES_ELSEWHERE = new Map(
-  Object.entries({
-    quit: "leave logout part disconnect q",
-    who: "users online",
-    nick: "rename",
-    ignore: "block mute",
-    msg: "dm query",
-    away: "afk",
-    help: "commands",
-  }).flatMap(([name, words]) => words.split(" ").map((word) => [word, name])),
-);
+/** Names of commands, each before what it is called in other chats. */
+const NAMES_ELSEWHERE = [
+  "quit leave logout part disconnect q",
+  "who users online",
+  "nick rename",
+  "ignore block mute",
+  "msg dm query",
+  "away afk",
+  "help commands",
+].map((names) => names.split(" "));
 
 /** How many people one person can ignore. */
 const MOST_IGNORED = 1_000;
@@ -2748,17 +2597,29 @@ function beginsCommand(start: string): boolean {
 /** A table of commands. */
 class Commands<Actor extends Person> {
   readonly #byName = new Map<string, Command<Actor>>();
-  readonly #suggested: { name: string; letters: string }[];
+  /** The names that are suggested for others. */
+  readonly #suggested: string[];
   #overview: Uint8Array | null = null;
 
-  /** @param unsafe a command that is not suggested for others */
+  /** @param unsafe a command that is not */
   constructor(readonly list: Command<Actor>[], unsafe = "") {
     for (const command of list) {
       for (const name of command[0].split(" ")) this.#byName.set(name, command);
     }
     this.#suggested = list.map(([names]) => names.split(" ")[0])
-      .filter((name) => name !== unsafe)
-      .map((name) => ({ name, letters: sorted(name) }));
+      .filter((name) => name !== unsafe);
+  }
+
+  /** Says the lines of a run, or carries out its command. Tells whether something
+   * was said. */
+  handle(actor: Actor, { kind, lines }: Run): boolean {
+    if (kind === "too long" || kind === "erased") {
+      actor.tellError(REFUSED[kind]);
+      return false;
+    }
+    const said = kind === "message" ? lines : this.#run(actor, lines);
+    if (said !== null) actor.room.say(actor, said);
+    return said !== null;
   }
 
   /**
@@ -2767,7 +2628,8 @@ class Commands<Actor extends Person> {
    *
    * @returns the line to say, with its end, if it is no command
    */
-  run(actor: Actor, typed: string): Uint8Array | null {
+  #run(actor: Actor, bytes: Uint8Array): Uint8Array | null {
+    const typed = decoder.decode(bytes.subarray(0, -1));
     const line = typed.trimStart(), isIndented = line !== typed;
     const [start, word] = COMMAND_LINE.exec(line) ?? [];
     const name = word?.slice(0, COMMAND_UNITS).toLowerCase() ?? "";
@@ -2775,7 +2637,7 @@ class Commands<Actor extends Person> {
     if (start === undefined || (isIndented && !command)) {
       const isQuoted = typed.startsWith("//") &&
         COMMAND_LINE.test(typed.slice(1));
-      return encoder.encode((isQuoted ? typed.slice(1) : typed) + "\n");
+      return isQuoted ? bytes.subarray(1) : bytes;
     }
     const rest = line.slice(start.length);
     const text = BLANK.test(rest) ? "" : rest.trim();
@@ -2796,12 +2658,13 @@ class Commands<Actor extends Person> {
   /** The command that a word may mean: one of the same letters, what it is called
    * elsewhere, or the closest, unless that is quite another word; empty then. */
   #nearest(word: string): string {
-    const elsewhere = NAMES_ELSEWHERE.get(word) ?? "", letters = sorted(word);
-    const same = this.#suggested.find((it) => it.letters === letters);
-    const known = this.#suggested.find(({ name }) => name === elsewhere);
-    if (same || known) return (same ?? known)!.name;
+    const all = this.#suggested, letters = sorted(word);
+    const [elsewhere] = NAMES_ELSEWHERE.find((it) => it.includes(word)) ?? [];
+    const known = all.find((name) => sorted(name) === letters) ??
+      all.find((name) => name === elsewhere);
+    if (known) return known;
     const most = word.length < 5 ? 1 : 2;
-    const names = this.#suggested.map(({ name }) => name)
+    const names = all
       .filter((name) => Math.abs(name.length - word.length) <= most);
     const closest = names.length > 0 ? closestString(word, names) : "";
     return levenshteinDistance(word, closest) <= most ? closest : "";
@@ -2860,8 +2723,8 @@ const COMMANDS = new Commands<Client>([
   ["who names list", "[NAME]", "lists who is here, or tells about one person", tellWho],
   ...SHARED_COMMANDS,
   ["ignore", "[NAME]", "hides NAME's messages, again to undo; alone: lists them", ignore],
-  ["quiet", "[on|off]", "hides who joins, leaves or changes names", toggleNotices],
-  ["bell", "[on|off]", "rings when you are named or get a private message", toggleBell],
+  ["quiet", "[on|off]", "hides who joins, leaves or changes names", (client, text) => toggle(client, text, "quiet")],
+  ["bell", "[on|off]", "rings when you are named or get a private message", (client, text) => toggle(client, text, "bell")],
   ["away", "[REASON]", "tells others that you are away", goAway],
   ["back", "", "tells others that you are back", comeBack],
   ["quit exit bye", "[REASON]", "leaves the room", (client, text) => client.quit(typedReason(text))],
@@ -2943,41 +2806,30 @@ function ignore(client: Client, text: string): void {
   }
 }
 
-function toggleNotices(client: Client, text: string): void {
-  const what = "Join, leave and rename notices are";
-  toggle(client, text, {
-    name: "quiet",
-    people: client.room.quiet,
-    on: `${what} hidden.`,
-    off: `${what} shown.`,
-  });
-}
-
-function toggleBell(client: Client, text: string): void {
-  toggle(client, text, {
-    name: "bell",
-    people: client.room.bells,
+/** What a person is told who switches a setting. */
+const SETTINGS = {
+  quiet: {
+    on: "Join, leave and rename notices are hidden.",
+    off: "Join, leave and rename notices are shown.",
+  },
+  bell: {
     on: "Your terminal rings when you are named or get a private message.",
     off: "Your terminal no longer rings.",
-  });
-}
+  },
+};
 
 /** Switches a setting by "on", "off", or nothing for the other one. */
-function toggle(
-  person: Person,
-  text: string,
-  setting: { name: string; people: Set<Person>; on: string; off: string },
-): void {
-  const { name, people, on, off } = setting;
+function toggle(client: Client, text: string, name: "quiet" | "bell"): void {
+  const people = client.room[name], { on, off } = SETTINGS[name];
   if (!/^(on|off)?$/i.test(text)) {
-    return person.tellError(`Type /${name} on or /${name} off.`);
+    return client.tellError(`Type /${name} on or /${name} off.`);
   }
-  if (text ? /on/i.test(text) : !people.has(person)) {
-    people.add(person);
-    person.tell(`* ${on} /${name} off undoes this.\n`);
+  if (text ? /on/i.test(text) : !people.has(client)) {
+    people.add(client);
+    client.tell(`* ${on} /${name} off undoes this.\n`);
   } else {
-    people.delete(person);
-    person.tell(`* ${off}\n`);
+    people.delete(client);
+    client.tell(`* ${off}\n`);
   }
 }
 
@@ -3001,14 +2853,12 @@ function firstWord(text: string): [word: string, rest: string] {
 
 /** The person of that name; if there is none, `asker` is told so. */
 function findPerson(asker: Person, name: string): Person | undefined {
-  const person = asker.room.people.find(name);
+  const { people } = asker.room, person = people.find(name);
   if (person !== undefined) return person;
-  const shown = name.slice(0, 24).toWellFormed();
-  const elsewhere = asker.room.people.findElsewhere(name);
-  const hint = elsewhere && ` Did you mean ${elsewhere.name}?`;
-  asker.tellError(
-    `Nobody here is called ${shown}.${hint ?? ""} /who lists who is here.`,
-  );
+  const what = `Nobody here is called ${name.slice(0, 24).toWellFormed()}.`;
+  const elsewhere = people.findElsewhere(name)?.name;
+  const hint = elsewhere ? ` Did you mean ${elsewhere}?` : "";
+  asker.tellError(`${what}${hint} /who lists who is here.`);
 }
 
 /** A typed reason, which must not pass for one that the server gives. */
@@ -3075,7 +2925,6 @@ export class ChatServer implements AsyncDisposable {
   readonly #reports: Required<Reports>;
   readonly #prints: boolean;
   readonly #room: Room;
-  readonly #access: Access;
   readonly #tls: Tls | null;
   readonly #listener: Deno.TcpListener;
   readonly #accepting: Promise<void>;
@@ -3093,8 +2942,7 @@ export class ChatServer implements AsyncDisposable {
     this.#prints = reports.print !== undefined;
     // The files first: no client can connect to a room that does not open.
     const { tlsCert, tlsKey, log, motd } = options;
-    this.#room = new Room(options);
-    this.#access = new Access(options);
+    this.#room = new Room(options, this.#report);
     this.#tls = tlsCert ? new Tls(tlsCert, tlsKey) : null;
     if (motd) this.#room.motd = readMotd(motd);
     if (log) {
@@ -3188,11 +3036,11 @@ export class ChatServer implements AsyncDisposable {
   ): Promise<void> {
     const room = this.#room;
     if (room.closed) return;
-    const operator = new Operator(room, this.#access, guarded(print), () => {
-      this.stop();
-    });
+    const stop = () => void this.stop();
+    const operator = new Operator(room, guarded(print), stop);
     room.readers.add(operator.reader);
-    this.#hideClients(operator);
+    // The reports tell of clients that join and leave, with the address.
+    if (this.#prints && !room.options.quiet) room.quietOnClients.add(operator);
     if (!room.people.find(HOST)) room.add(operator, HOST);
     const iterator = lines[Symbol.asyncIterator]();
     try {
@@ -3203,15 +3051,7 @@ export class ChatServer implements AsyncDisposable {
       }
     } finally {
       room.leave(operator, "", { silent: true });
-      this.#hideClients(operator); // the room is still shown there
     }
-  }
-
-  /** Hides from the operator which clients of this server join and leave, if the
-   * reports tell of them, with the address. */
-  #hideClients(operator: Operator): void {
-    const { quietOnClients, options } = this.#room;
-    if (this.#prints && !options.quiet) quietOnClients.add(operator);
   }
 
   /** The address of the web page of this room, to which a browser that asks the
@@ -3332,7 +3172,7 @@ export class ChatServer implements AsyncDisposable {
   ): void {
     const address = plainAddress(remote.hostname);
     if (this.#room.closed) return tryClose(connection);
-    const refusal = this.#access.admit(address);
+    const refusal = this.#room.access.admit(address);
     if (refusal !== null) {
       const { why, answer } = refusal, { options } = this.#room;
       const who = formatAddress(address, remote.port);
@@ -3340,25 +3180,18 @@ export class ChatServer implements AsyncDisposable {
       refuse(connection, answer, options);
       return;
     }
-    const client = new Client(
-      this.#room,
-      this.#access,
-      connection,
-      address,
-      remote.port,
-      this.#report,
-    );
+    const client = new Client(this.#room, connection, address, remote.port);
     this.#room.readers.add(client.reader);
     client.live();
     this.#report("New Connection from", client);
   }
 
   readonly #report: Report = (what, client, reason = "") => {
-    const { options, closed } = this.#room;
+    const { options, closed, access } = this.#room;
     if (options.quiet || closed || !this.#prints) return;
     const { origin, name } = client;
     const who = (name && `${name}, `) + (reason && `${reason}, `);
-    this.#print(`${what} ${origin} (${who}${this.#access.clients} here)`);
+    this.#print(`${what} ${origin} (${who}${access.clients} here)`);
   };
 
   #print(line: string): void {
@@ -3583,10 +3416,10 @@ export class Attachment {
     if (!person) return;
     const splitter = new LineSplitter(raw, () => false);
     for (const part of [splitter.push(lines), splitter.end()]) {
-      for (let next = 0; next < part.length;) {
-        const { start, end } = nextRun(part, next, Infinity, false);
-        room.say(person, part.subarray(start, end), { action });
-        next = end;
+      for (let rest = part; rest.length > 0;) {
+        const run = nextRun(rest, Infinity, false);
+        room.say(person, run.lines, { action });
+        rest = run.rest;
       }
     }
   }
@@ -3624,7 +3457,7 @@ export class Attachment {
   }
 
   #find(name: string): RemotePerson | undefined {
-    const person = this.#room.people.byKey.get(nameKey(name));
+    const person = this.#room.people.get(nameKey(name));
     return person && this.#isOwn(person) ? person : undefined;
   }
 
@@ -4385,7 +4218,6 @@ class Operator extends Person implements Sink {
   /** @param stop stops the server */
   constructor(
     room: Room,
-    readonly access: Access,
     readonly print: (line: string) => void,
     stop: () => void,
   ) {
@@ -4398,18 +4230,11 @@ class Operator extends Person implements Sink {
 
   /** Takes a line that the operator typed. */
   type(typed: string): void {
-    const lines = this.#splitter.push(encoder.encode(typed + "\n"));
-    for (let next = 0; next < lines.length && !this.#hasQuit;) {
-      const { kind, start, end } = nextRun(lines, next, 1);
-      next = end;
-      if (kind === "message") {
-        this.room.say(this, lines.subarray(start, end));
-      } else if (kind !== "command") this.tellError(REFUSED[kind]);
-      else {
-        const line = decoder.decode(lines.subarray(start, end - 1));
-        const said = CONSOLE_COMMANDS.run(this, line);
-        if (said !== null) this.room.say(this, said);
-      }
+    let rest = this.#splitter.push(encoder.encode(typed + "\n"));
+    while (rest.length > 0 && !this.#hasQuit) {
+      const run = nextRun(rest, 1, true);
+      rest = run.rest;
+      CONSOLE_COMMANDS.handle(this, run);
     }
   }
 
@@ -4521,7 +4346,7 @@ function ban(operator: Operator, text: string): void {
         `/kick ${whom} disconnects ${whom} alone.`,
     );
   }
-  operator.access.ban({ network, name: client?.name ?? "", reason });
+  operator.room.access.ban({ network, name: client?.name ?? "", reason });
   const what = `${network.text} is banned.`;
   operator.tell(`* ${what} /unban ${network.text} undoes this.\n`);
   const why = reason ? `banned: ${reason}` : "banned";
@@ -4531,7 +4356,7 @@ function ban(operator: Operator, text: string): void {
 function unban(operator: Operator, text: string): void {
   const typed = parseNetwork(text);
   const network = typed && countedNetwork(typed).text;
-  const lifted = operator.access.unban((ban) =>
+  const lifted = operator.room.access.unban((ban) =>
     ban.network.text === network ||
     (ban.name !== "" && nameKey(ban.name) === nameKey(text))
   );
@@ -4539,7 +4364,7 @@ function unban(operator: Operator, text: string): void {
     operator.tell(`* ${network.text} is no longer banned.\n`);
   }
   if (lifted.length > 0) return;
-  const wider = operator.access.bans.find(({ network }) =>
+  const wider = operator.room.access.bans.find(({ network }) =>
     typed?.bits.startsWith(network.bits)
   )?.network.text;
   operator.tellError(
@@ -4550,7 +4375,8 @@ function unban(operator: Operator, text: string): void {
 }
 
 function listBans(operator: Operator): void {
-  const rows = operator.access.bans.map(({ network, name, reason, time }) =>
+  const { bans } = operator.room.access;
+  const rows = bans.map(({ network, name, reason, time }) =>
     `* ${network.text}${name && ` (${name})`} is banned since ` +
     `${dateText(time)} ${timeText(time)}${reason && `: ${reason}`}\n`
   );
