@@ -29,87 +29,59 @@
  *
  * @module
  */
-import { concat as concatUntyped } from "@std/bytes/concat";
-import { parseArgs as parseArgsUntyped } from "@std/cli/parse-args";
-import { closestString as closestStringUntyped } from "@std/text/closest-string";
-import { levenshteinDistance as distanceUntyped } from "@std/text/levenshtein-distance";
+import { concat } from "@std/bytes/concat";
+import { parseArgs } from "@std/cli/parse-args";
+import { closestString } from "@std/text/closest-string";
+import { levenshteinDistance } from "@std/text/levenshtein-distance";
 import config from "./deno.json" with { type: "json" };
+import type { Attachment, LinkEvents } from "./link/attachment.ts";
 
-// The npm build of @std has no types: these are the ones used here.
-const concatenate: (parts: Uint8Array[]) => Uint8Array<ArrayBuffer> =
-  concatUntyped;
-const parseArgs: (args: string[], options: {
-  string: string[];
-  collect: string[];
-  alias: Record<string, string>;
-  unknown: (arg: string) => boolean;
-}) => Record<string, string | string[] | undefined> = parseArgsUntyped;
-const closestString: (word: string, possible: string[]) => string =
-  closestStringUntyped;
-const levenshteinDistance: (one: string, other: string) => number =
-  distanceUntyped;
+export type { Attachment, LinkEvents };
 
 // ---------------------------------------------------------------------------
 // Options: what can be set, from the command line and by an embedding program.
 // ---------------------------------------------------------------------------
 
-/** What can be set of a room. The command line's options have the same names. */
-export interface Options {
+/** What can be set of a room, with the defaults. The command line's options have the
+ * same names. */
+export class Options {
   /** Address or host name to listen on; `::` is IPv4 and IPv6. */
-  host: string;
+  host = "0.0.0.0";
   /** TCP port to listen on; 0 picks a free one. */
-  port: number;
+  port = 8008;
   /** Let other processes of this machine listen on the same port (Linux). */
-  reusePort: boolean;
+  reusePort = false;
   /** Relay lines as they are: no names, notices, commands or history. */
-  raw: boolean;
+  raw = false;
   /** Ask each client for a name before anything else. */
-  askName: boolean;
+  askName = false;
   /** Put the time of day, `12:34 `, before messages and printed lines. */
-  timestamps: boolean;
+  timestamps = false;
   /** How many of the last messages a new client is shown. */
-  history: number;
+  history = 20;
   /** The file whose lines a new client is shown after the welcome; or none. */
-  motd: string;
+  motd = "";
   /** Lines a second that each client may send; 0 is no limit. */
-  rate: number;
+  rate = 20;
   /** How many clients may be connected. */
-  maxClients: number;
+  maxClients = 10_000;
   /** How many of them from one address; 0 is no limit. */
-  maxPerAddress: number;
+  maxPerAddress = 0;
   /** Admit only these networks and addresses, such as `192.168.0.0/16`. */
-  allow: string[];
+  allow: string[] = [];
   /** The file that holds the password, which clients are asked for; or none. */
-  passwordFile: string;
+  passwordFile = "";
   /** The file of the certificate chain for TLS (PEM); with `tlsKey`, or none. */
-  tlsCert: string;
+  tlsCert = "";
   /** The file of its private key (PEM). */
-  tlsKey: string;
+  tlsKey = "";
   /** The file that messages are appended to, and the history is read from. */
-  log: string;
+  log = "";
   /** Do not report clients that connect and leave. */
-  quiet: boolean;
+  quiet = false;
 }
 
-const DEFAULTS: Options = {
-  host: "0.0.0.0",
-  port: 8008,
-  reusePort: false,
-  raw: false,
-  askName: false,
-  timestamps: false,
-  history: 20,
-  motd: "",
-  rate: 20,
-  maxClients: 10_000,
-  maxPerAddress: 0,
-  allow: [],
-  passwordFile: "",
-  tlsCert: "",
-  tlsKey: "",
-  log: "",
-  quiet: false,
-};
+const DEFAULTS = new Options();
 
 /** What the command line asks for, as {@linkcode parseOptions} reads it. */
 export interface CommandLine {
@@ -268,11 +240,6 @@ function showStart(line: string): string {
   );
 }
 
-/** Whether all of the start of a line would be removed before a slash. */
-function hidesSlash(start: string): boolean {
-  return cleanLine(start + "/").trimStart() === "/";
-}
-
 /** What a TAB fills after its first column, until the line is finished. */
 const TAB_CELL = 1;
 
@@ -302,13 +269,11 @@ function scrub(line: string, tabs: boolean): string {
       // One space alone, where the line would grow too long.
       const width = spare > 8 ? 8 - length % 8 : 1;
       spare -= width - 1;
-      units[length++] = TAB;
+      units[length++] = SPACE;
       for (let cell = 1; cell < width; cell++) units[length++] = TAB_CELL;
     } else if (unit === TAB || !isControl(unit)) units[length++] = unit;
   }
-  if (!tabs) {
-    for (let i = 0; i < length; i++) if (units[i] < SPACE) units[i] = SPACE;
-  }
+  for (let i = 0; i < length; i++) if (units[i] === TAB_CELL) units[i] = SPACE;
   return Buffer.from(units.buffer, 0, 2 * length).toString("utf16le");
 }
 
@@ -412,36 +377,29 @@ const BINARY = 0; // RFC 856
 /** How many bytes of replies to one read are enough to add no more. */
 const MOST_REPLY_BYTES = 192;
 
-/** The most bytes of a sub-negotiation. Without an end by then, the rest is skipped up
- * to the next line end. */
-const SUBNEGOTIATION_BYTES = 4_096;
+/** What {@linkcode TelnetFilter} is in, where it is not what the last command began:
+ * text, and a sub-negotiation without an end, up to the next line end. */
+const TEXT = 0, LOST = 1;
 
-const enum Telnet {
-  Text,
-  /** After IAC. */
-  Command,
-  /** After WILL, WONT, DO or DONT. */
-  Option,
-  Subnegotiation,
-  /** After IAC in a sub-negotiation. */
-  SubnegotiationCommand,
-  /** After a sub-negotiation without an end, up to the next line end. */
-  Lost,
-}
-
-/** Takes the telnet protocol out of a client's bytes. */
+/** Takes the telnet protocol out of a client's bytes, and makes one LF of each line
+ * end: CR LF, CR NUL (RFC 854, page 11), and the CR alone that a client in raw mode
+ * sends for Enter. */
 class TelnetFilter {
   /** What the last bytes are to be answered with. */
   reply: number[] = [];
   /** What the user asked for by the last bytes: AYT, IP, or nothing. */
   request = 0;
-  #state = Telnet.Text;
-  #verb = 0;
+  /** What the bytes so far end in: text, IAC, WILL, WONT, DO or DONT before its option,
+   * SB (a sub-negotiation), SE (an IAC in it), or {@linkcode LOST}. */
+  #state = TEXT;
+  #afterCr = false;
+  /** The bytes of the sub-negotiation. */
   #length = 0;
   #asked = false;
 
+  /** Whether the next byte is text, and no second byte of a line end. */
   get isInText(): boolean {
-    return this.#state === Telnet.Text;
+    return this.#state === TEXT && !this.#afterCr;
   }
 
   /** The text of a chunk. A byte 255 is never text in UTF-8: it is dropped, where
@@ -450,37 +408,38 @@ class TelnetFilter {
   filter(chunk: Uint8Array): Uint8Array {
     const text = new Uint8Array(chunk.length);
     let length = 0;
+    const add = (byte: number) => {
+      const isSecond = this.#afterCr && (byte === LF || byte === NUL);
+      this.#afterCr = byte === CR;
+      if (!isSecond) text[length++] = byte === CR ? LF : byte;
+    };
     for (const byte of chunk) {
       switch (this.#state) {
-        case Telnet.Text:
-          if (byte === IAC) this.#state = Telnet.Command;
-          else text[length++] = byte;
+        case TEXT:
+          if (byte === IAC) this.#state = IAC;
+          else add(byte);
           break;
-        case Telnet.Command:
-          if (byte === EC) text[length++] = BS;
-          if (byte === EL) text[length++] = NAK;
-          if (byte < FIRST_COMMAND) text[length++] = byte;
+        case IAC:
+          if (byte === EC) add(BS);
+          if (byte === EL) add(NAK);
+          if (byte < FIRST_COMMAND) add(byte);
           this.#command(byte);
           break;
-        case Telnet.Option:
+        case SB:
+          if (byte === IAC) this.#state = SE;
+          else if (++this.#length > LINE_BYTES) this.#state = LOST;
+          break;
+        case SE:
+          if (byte < FIRST_COMMAND || byte === IAC) this.#state = SB;
+          else this.#command(byte); // SE, or another that ends it as well
+          break;
+        case LOST:
+          if (byte !== LF && byte !== CR) break;
+          this.#state = TEXT;
+          add(byte);
+          break;
+        default:
           this.#option(byte);
-          break;
-        case Telnet.Subnegotiation:
-          if (byte === IAC) this.#state = Telnet.SubnegotiationCommand;
-          else if (++this.#length > SUBNEGOTIATION_BYTES) {
-            this.#state = Telnet.Lost;
-          }
-          break;
-        case Telnet.SubnegotiationCommand:
-          if (byte < FIRST_COMMAND || byte === IAC) {
-            this.#state = Telnet.Subnegotiation;
-          } else this.#command(byte); // SE, or another that ends it as well
-          break;
-        case Telnet.Lost:
-          if (byte === LF || byte === CR) {
-            text[length++] = byte;
-            this.#state = Telnet.Text;
-          }
       }
     }
     return text.subarray(0, length);
@@ -488,12 +447,7 @@ class TelnetFilter {
 
   #command(byte: number): void {
     if (byte === IAC) return; // it may begin a command itself
-    this.#state = byte >= WILL
-      ? Telnet.Option
-      : byte === SB
-      ? Telnet.Subnegotiation
-      : Telnet.Text;
-    this.#verb = byte;
+    this.#state = byte >= SB ? byte : TEXT;
     this.#length = 0;
     if (byte === AYT || byte === IP) this.request = byte;
     if (byte < SE || this.#asked) return;
@@ -504,12 +458,11 @@ class TelnetFilter {
   /** Refuses an option. A telnet whose user pressed Ctrl-C shows nothing more
    * before that answer comes (RFC 860, TIMING-MARK). */
   #option(option: number): void {
-    this.#state = Telnet.Text;
+    const verb = this.#state;
+    this.#state = TEXT;
     if (this.reply.length >= MOST_REPLY_BYTES) return;
-    if (this.#verb === DO) this.reply.push(IAC, WONT, option);
-    if (this.#verb === WILL && option !== BINARY) {
-      this.reply.push(IAC, DONT, option);
-    }
+    if (verb === DO) this.reply.push(IAC, WONT, option);
+    if (verb === WILL && option !== BINARY) this.reply.push(IAC, DONT, option);
   }
 }
 
@@ -521,13 +474,12 @@ class TelnetFilter {
  * client (this: 8), and hold a line of any length in memory.
  */
 class LineSplitter {
-  /** Made with the first IAC. */
+  /** Made with the first IAC or CR. */
   telnet: TelnetFilter | null = null;
   /** What the last chunk cost beyond its lines, in lines: those that are not sent,
    * and bytes that are removed, {@linkcode LINE_BYTES} for a line. */
   junk = 0;
   #partial: Uint8Array = NO_BYTES;
-  #afterCr = false;
   /** Within a line that is too long: what the first piece that shows something
    * decided. */
   #long: "" | "message" | "refused" = "";
@@ -545,14 +497,12 @@ class LineSplitter {
   /** The lines that `chunk` completes, cleaned, with their ends. They may lie in
    * `chunk`: use them before it is overwritten. */
   push(chunk: Uint8Array): Uint8Array {
-    this.junk = 0;
     // What most people type passes as the bytes it came in: decoded and encoded
     // again, a line between two people takes 3 % more time.
-    const plain = !this.#afterCr && (this.telnet?.isInText ?? true) &&
-      isPlain(chunk, this.tabs);
-    let bytes = plain ? chunk : this.#endLines(this.#withoutTelnet(chunk));
-    this.junk += (chunk.length - bytes.length) / LINE_BYTES;
-    if (this.#partial.length > 0) bytes = concatenate([this.#partial, bytes]);
+    const plain = (this.telnet?.isInText ?? true) && isPlain(chunk, this.tabs);
+    let bytes = plain ? chunk : this.#filter(chunk);
+    this.junk = (chunk.length - bytes.length) / LINE_BYTES;
+    if (this.#partial.length > 0) bytes = concat([this.#partial, bytes]);
     if (this.#long || hasLongLine(bytes)) return this.#cleanLong(bytes);
     const end = bytes.lastIndexOf(LF) + 1;
     this.#partial = end === bytes.length ? NO_BYTES : bytes.slice(end);
@@ -566,23 +516,11 @@ class LineSplitter {
     return this.#partial.length > 0 ? this.push(LINE_END) : NO_BYTES;
   }
 
-  #withoutTelnet(chunk: Uint8Array): Uint8Array {
-    if (this.telnet === null && !chunk.includes(IAC)) return chunk;
-    return (this.telnet ??= new TelnetFilter()).filter(chunk);
-  }
-
-  /** Makes one LF of each line end: CR LF, CR NUL (RFC 854, page 11), and the CR
-   * alone that a client in raw mode sends for Enter. */
-  #endLines(bytes: Uint8Array): Uint8Array {
-    if (!this.#afterCr && !bytes.includes(CR)) return bytes;
-    const text = new Uint8Array(bytes.length);
-    let length = 0;
-    for (const byte of bytes) {
-      const second = this.#afterCr && (byte === LF || byte === NUL);
-      this.#afterCr = byte === CR;
-      if (!second) text[length++] = byte === CR ? LF : byte;
+  #filter(chunk: Uint8Array): Uint8Array {
+    if (chunk.includes(IAC) || chunk.includes(CR)) {
+      this.telnet ??= new TelnetFilter();
     }
-    return text.subarray(0, length);
+    return this.telnet?.filter(chunk) ?? chunk;
   }
 
   /** Whole lines as others may receive them, without those that show nothing.
@@ -612,26 +550,17 @@ class LineSplitter {
     let start = 0;
     for (;;) {
       const lineEnd = bytes.indexOf(LF, start);
-      const end = lineEnd < 0 ? bytes.length : lineEnd;
-      const hasMore = end - start > LINE_BYTES;
-      const pieceEnd = hasMore ? cutBefore(bytes, start + LINE_BYTES) : end;
+      const length = (lineEnd < 0 ? bytes.length : lineEnd) - start;
+      const hasMore = length > LINE_BYTES;
       if (!hasMore && lineEnd < 0) break; // the rest waits for its line end
-      const piece = bytes.subarray(start, pieceEnd);
+      const end = hasMore ? cutBefore(bytes, start + LINE_BYTES) : lineEnd;
+      const piece = bytes.subarray(start, end);
       cleaned.push(this.#cleanPiece(piece, hasMore, start === 0));
       if (!hasMore) this.#long = "";
-      start = hasMore ? pieceEnd : end + 1;
+      start = hasMore ? end : end + 1;
     }
-    const rest = bytes.subarray(start);
-    this.#partial = this.#long === "refused"
-      ? this.#leaveOut(rest)
-      : rest.slice();
-    return concatenate(cleaned);
-  }
-
-  /** Counts bytes that are not sent. */
-  #leaveOut({ length }: Uint8Array): Uint8Array {
-    this.junk += length / LINE_BYTES;
-    return NO_BYTES;
+    this.#partial = bytes.slice(start);
+    return concat(cleaned);
   }
 
   /** Cleans a piece of a long line. The first that shows something decides whether
@@ -641,18 +570,23 @@ class LineSplitter {
    * @param first whether it is the beginning of a chunk
    */
   #cleanPiece(piece: Uint8Array, hasMore: boolean, first: boolean): Uint8Array {
-    if (this.#long === "refused") return this.#leaveOut(piece);
-    const clean = this.#clean(concatenate([piece, LINE_END]), first);
+    if (this.#long === "refused") {
+      this.junk += piece.length / LINE_BYTES;
+      return NO_BYTES;
+    }
+    const clean = this.#clean(concat([piece, LINE_END]), first);
     if (this.#long === "message") {
       // What is erased may be in an earlier piece, and a command may follow.
       const erases = [BS, DEL, NAK].some((byte) => piece.includes(byte));
       if (erases && this.refuses("/")) return this.#refuse(ERASED);
       const isShown = clean.length > 0;
-      return isShown ? concatenate([Uint8Array.of(PIECE), clean]) : NO_BYTES;
+      return isShown ? concat([Uint8Array.of(PIECE), clean]) : NO_BYTES;
     }
     if (!hasMore) return clean;
     const text = decoder.decode(clean).trimEnd();
-    if (text === "" || hidesSlash(decoder.decode(piece))) return clean;
+    // Where a slash that follows would be the first character, it may be a command.
+    const next = cleanLine(decoder.decode(piece) + "/").trimStart();
+    if (text === "" || next === "/") return clean;
     if (this.refuses(text)) return this.#refuse(TOO_LONG);
     this.#long = "message";
     return clean;
@@ -667,7 +601,6 @@ class LineSplitter {
 
 /** Whether a line, or the end without a line end, is too long. */
 function hasLongLine(bytes: Uint8Array): boolean {
-  if (bytes.length <= LINE_BYTES) return false;
   for (let start = 0; bytes.length - start > LINE_BYTES;) {
     // Back from where the line must have ended, so that short lines are skipped.
     const end = bytes.lastIndexOf(LF, start + LINE_BYTES);
@@ -680,21 +613,13 @@ function hasLongLine(bytes: Uint8Array): boolean {
 /** Where a piece ends that has the bytes before `offset`, or a few less: it divides no
  * character, and no escape sequence of a key, half of which would be letters. */
 function cutBefore(bytes: Uint8Array, offset: number): number {
-  const end = characterStart(bytes, offset);
-  const last = bytes.subarray(end - ESCAPE_BYTES, end);
-  const escape = last.lastIndexOf(ESC);
-  return escape < 0 ? end : end - last.length + escape;
-}
-
-/** Where the character that holds the byte at `offset` begins (RFC 3629). */
-function characterStart(bytes: Uint8Array, offset: number): number {
-  for (let start = offset; start > offset - 4; start--) {
-    const byte = bytes[start];
-    if ((byte & 0xc0) === 0x80) continue;
-    const length = byte >= 0xf0 ? 4 : byte >= 0xe0 ? 3 : byte >= 0xc0 ? 2 : 1;
-    return start + length > offset ? start : offset;
-  }
-  return offset; // no UTF-8: any place will do
+  // A character has at most three bytes after its first (RFC 3629). Without a first
+  // one among these it is no UTF-8: any place will do.
+  const near = bytes.subarray(offset - 3, offset + 1);
+  const first = near.findLastIndex((byte) => (byte & 0xc0) !== 0x80);
+  const end = first < 0 ? offset : offset - 3 + first;
+  const escape = bytes.subarray(end - ESCAPE_BYTES, end).lastIndexOf(ESC);
+  return escape < 0 ? end : end - ESCAPE_BYTES + escape;
 }
 
 /** Whether there is nothing to clean in a chunk: it is of printable ASCII, in lines
@@ -840,6 +765,7 @@ function encodeAt(text: string, bytes: Uint8Array, start: number): number {
 /** The lines of the room, of which a window is kept. */
 class Log {
   #head = new Segment(0);
+  /** How many segments were made. */
   #segments = 1;
   tail = this.#head;
 
@@ -858,8 +784,7 @@ class Log {
     if (this.tail.append(text, lines)) return;
     this.tail = this.tail.next = new Segment(this.end);
     this.tail.append(text, lines);
-    if (this.#segments < WINDOW_SEGMENTS) this.#segments++;
-    else this.#head = this.#head.next!;
+    if (++this.#segments > WINDOW_SEGMENTS) this.#head = this.#head.next!;
   }
 }
 
@@ -979,7 +904,7 @@ class Reader {
     this.#segment = this.#batch = null;
     this.#detours = NO_DETOURS;
     this.#lastPlace = 0;
-    this.#endWrite();
+    this.#resolveWritten?.();
   }
 
   /** Resolves after the next write, or when it is stopped. */
@@ -1009,7 +934,8 @@ class Reader {
   }
 
   #written(count: number): void {
-    this.#endWrite();
+    this.#isWriting = false;
+    this.#resolveWritten?.();
     this.room.turns.writesEnded++;
     if (this.#batch === null) return; // stopped meanwhile
     if (!(count > 0)) return this.#failed(); // or it would be tried endlessly
@@ -1025,39 +951,30 @@ class Reader {
     this.sink.fail("");
   }
 
-  #endWrite(): void {
-    this.#isWriting = false;
-    this.#resolveWritten?.();
-    this.#resolveWritten = null;
-  }
-
-  /** The bytes from the cursor on, or `null` if there are none. The cursor moves
-   * behind them. */
+  /** The bytes from the cursor on, which moves behind them; `null` if there are none. */
   #nextBatch(): Uint8Array | null {
     const detours = this.#detours;
     if (detours.length === 0) return this.#stretch(Infinity);
     const parts: Uint8Array[] = [];
     let length = 0, passed = 0;
+    const add = (bytes: Uint8Array | null) => {
+      if (!bytes?.length) return;
+      parts.push(bytes);
+      length += bytes.length;
+    };
     while (length < COPIED_BYTES) {
       const detour = detours[passed] as Detour | undefined;
-      const most = parts.length > 0 ? COPIED_BYTES - length : Infinity;
-      const bytes = this.#stretch(detour?.at ?? Infinity, most);
-      if (bytes !== null) {
-        parts.push(bytes);
-        length += bytes.length;
-      }
+      const most = length > 0 ? COPIED_BYTES - length : Infinity;
+      add(this.#stretch(detour?.at ?? Infinity, most));
       if (detour === undefined || this.#cursor < detour.at) break;
       passed++;
       this.#cursor = Math.max(this.#cursor, detour.skipTo);
-      if (detour.inserted.length > 0) {
-        parts.push(detour.inserted);
-        length += detour.inserted.length;
-        this.#waiting -= detour.cost;
-      }
+      add(detour.inserted);
+      this.#waiting -= detour.cost;
     }
     if (passed === detours.length) this.#detours = NO_DETOURS;
     else if (passed > 0) this.#detours = detours.slice(passed);
-    return parts.length > 1 ? concatenate(parts) : parts[0] ?? null;
+    return parts.length > 1 ? concat(parts) : parts[0] ?? null;
   }
 
   /** The bytes from the cursor to `to`, as far as they lie in one segment. */
@@ -1093,11 +1010,6 @@ abstract class Person {
   abstract readonly reader: Reader | null;
 
   constructor(readonly room: Room) {}
-
-  /** What comes before this person's messages. */
-  get mark(): string {
-    return this.room.options.raw ? "" : `[${this.name}] `;
-  }
 
   /** Shows this person lines that nobody else receives.
    *
@@ -1180,9 +1092,7 @@ class History {
 
   /** The lines, in pieces that are shared. */
   get parts(): Uint8Array[] {
-    const parts = this.#blocks.map(({ bytes, used }) =>
-      bytes.subarray(0, used)
-    );
+    const parts = this.#blocks.map((it) => it.bytes.subarray(0, it.used));
     let start = 0;
     for (let extra = this.#lines - this.most; extra > 0; extra--) {
       start = parts[0].indexOf(LF, start) + 1;
@@ -1193,7 +1103,7 @@ class History {
 
   /** Puts the date before lines that have only the time of day. */
   addDate(date: string): void {
-    const text = decoder.decode(concatenate(this.parts));
+    const text = decoder.decode(concat(this.parts));
     this.#blocks = [];
     this.#lines = this.#bytes = 0;
     const dated = text.replace(/^\d\d:/gm, `${date} $&`);
@@ -1374,17 +1284,6 @@ const BUSY_WRITES = 4, IDLE_TURNS = 10;
  * clients that read a little at a time could seem to wait for this machine. */
 const MOST_HELD_MILLISECONDS = 1_000;
 
-/** What takes its turn: a client with lines to say. */
-interface TurnTaker {
-  /** The last turn of which it used something, and how much. */
-  turn: number;
-  used: number;
-  /** The turn in which it was served last, or else connected. */
-  servedIn: number;
-  /** Says its next line, or lines together. */
-  sayNext(): void;
-}
-
 /**
  * Who is served when. A turn of the event loop handles a bounded amount of input,
  * a bounded part of it from each client, and then lets reads and writes happen.
@@ -1395,17 +1294,14 @@ interface TurnTaker {
 class Turns {
   /** How many turns have ended. */
   number = 0;
-  /** When serving the present client began, in milliseconds of `performance.now`: to
-   * call that for each use would take a twentieth of the time of a line. */
-  servedSince = 0;
   #worked = 0;
   #bytes = 0;
   #answers = 0;
-  /** Whether a client is being served, and the readers to flush after that. */
-  #serving = false;
-  #answered: Reader[] = [];
-  #ending = false;
-  #queue: { taker: TurnTaker; served: () => void }[] = [];
+  /** The readers to flush after the client that is being served; `null`: none is. */
+  #answered: Reader[] | null = null;
+  /** Whether the end of this turn is scheduled. */
+  isEnding = false;
+  #queue: { client: Client; served: () => void }[] = [];
   /** When the last turn with a pause ended, and whether a client had to wait for others
    * since. */
   #lastPause = 0;
@@ -1418,54 +1314,42 @@ class Turns {
   #isHeld = false;
   #lastInput = 0;
 
-  /**
-   * @param flush starts to write what was appended in the turn
-   * @param areManyBehind tells whether many readers are far behind
-   */
-  constructor(
-    readonly flush: () => void,
-    readonly areManyBehind: () => boolean,
-  ) {}
+  constructor(readonly room: Room) {}
 
-  /** Whether the end of this turn is scheduled. */
-  get isEnding(): boolean {
-    return this.#ending;
-  }
-
-  /** Has `taker` say what is next, if it may in this turn and nobody waits. */
-  serve(taker: TurnTaker): boolean {
+  /** Has `client` say what is next, if it may in this turn and nobody waits. */
+  serve(client: Client): boolean {
     if (this.#queue.length > 0 || this.#isOver) {
       this.#isCrowded = true;
       return false;
     }
-    if (this.hasUsed(taker)) return false;
-    this.#serve(taker, performance.now());
+    if (this.hasUsed(client)) return false;
+    this.#serve(client, performance.now());
     return true;
   }
 
-  /** Resolves when `taker` has been served. Those that were served longest ago come
+  /** Resolves when `client` has been served. Those that were served longest ago come
    * first: a person who says something now and then does not wait for a thousand clients
    * that always have more to say. */
-  wait(taker: TurnTaker): Promise<void> {
+  wait(client: Client): Promise<void> {
     this.endSoon();
-    const queue = this.#queue, { servedIn } = taker;
+    const queue = this.#queue, { servedIn } = client;
     let place = queue.length;
-    while (place > 0 && queue[place - 1].taker.servedIn > servedIn) place--;
+    while (place > 0 && queue[place - 1].client.servedIn > servedIn) place--;
     return new Promise((served) => {
-      queue.splice(place, 0, { taker, served });
+      queue.splice(place, 0, { client, served });
     });
   }
 
-  /** Whether `taker` has used its part of this turn. */
-  hasUsed(taker: TurnTaker): boolean {
-    return taker.turn === this.number && taker.used >= CLIENT_TURN_BYTES;
+  /** Whether `client` has used its part of this turn. */
+  hasUsed(client: Client): boolean {
+    return client.turn === this.number && client.used >= CLIENT_TURN_BYTES;
   }
 
-  /** Counts what came in from `taker`, in bytes. */
-  count(taker: TurnTaker, bytes: number): void {
-    if (taker.turn !== this.number) taker.used = 0;
-    taker.turn = this.number;
-    taker.used += bytes;
+  /** Counts what came in from `client`, in bytes. */
+  count(client: Client, bytes: number): void {
+    if (client.turn !== this.number) client.used = 0;
+    client.turn = this.number;
+    client.used += bytes;
   }
 
   /** Counts bytes that were appended. */
@@ -1477,14 +1361,14 @@ class Turns {
   /** Flushes a reader for which something was inserted: now, or when the client has
    * been served whose lines led to it. */
   answered(reader: Reader): void {
-    if (!this.#serving) reader.flush();
+    if (this.#answered === null) reader.flush();
     else if (this.#answered.at(-1) !== reader) this.#answered.push(reader);
   }
 
   /** Ends the turn when all reads that are ready were handled. */
   endSoon(): void {
-    if (this.#ending) return;
-    this.#ending = true;
+    if (this.isEnding) return;
+    this.isEnding = true;
     // Not a microtask: that would come before the other reads of this turn, and
     // what they bring would leave in writes of its own. With ten people who talk
     // as fast as they receive, a thousand readers get twice as many lines.
@@ -1502,30 +1386,28 @@ class Turns {
   };
 
   #end = (): void => {
-    this.#ending = false;
-    this.flush();
+    this.isEnding = false;
+    this.room.flush();
     this.number++;
     this.#worked = this.#bytes = this.#answers = 0;
     let now = performance.now();
     this.#holdInput(now);
     while (this.#queue.length > 0 && !this.#isOver) {
-      const { taker, served } = this.#queue.shift()!;
-      now = this.#serve(taker, now);
+      const { client, served } = this.#queue.shift()!;
+      now = this.#serve(client, now);
       served();
     }
     if (this.#queue.length > 0) this.endSoon();
   };
 
-  /** Returns when it has served `taker`. */
-  #serve(taker: TurnTaker, now: number): number {
-    this.servedSince = now;
-    taker.servedIn = this.number;
-    this.#serving = true;
-    taker.sayNext();
-    this.#serving = false;
-    for (const reader of this.#answered) reader.flush();
-    this.#answers += this.#answered.length;
-    if (this.#answered.length > 0) this.#answered = [];
+  /** Returns when it has served `client`. */
+  #serve(client: Client, now: number): number {
+    client.servedIn = this.number;
+    const answered: Reader[] = this.#answered = [];
+    client.sayNext(now);
+    this.#answered = null;
+    for (const reader of answered) reader.flush();
+    this.#answers += answered.length;
     const ended = performance.now();
     this.#worked += ended - now;
     if (this.#isOver) this.endSoon();
@@ -1541,7 +1423,7 @@ class Turns {
     this.#began = now;
     const isLong = now - this.#lastInput > MOST_HELD_MILLISECONDS;
     this.#isHeld = this.#idleTurns < IDLE_TURNS && !isLong &&
-      this.areManyBehind();
+      this.room.areManyBehind();
     if (!this.#isHeld) this.#lastInput = now;
   }
 
@@ -1585,7 +1467,9 @@ class People extends Map<string, Person> {
   /** The names of this server on its links, by {@linkcode nameKey}. */
   readonly ownNames = new Set<string>();
   #guests = 0;
-  /** What `/who` answers, until somebody joins, leaves or changes. */
+  /** How the first ones are listed, and what `/who` answers; until that changes. A
+   * crowd that joins would have both made for each. */
+  #first = "";
   #everyone: Uint8Array | null = null;
 
   /** The person of that name, as people write it: `bob`, `bob,` or `@bob`; on the
@@ -1625,7 +1509,8 @@ class People extends Map<string, Person> {
   add(person: Person, name: string): void {
     person.name = name;
     this.set(nameKey(name), person);
-    this.changed();
+    this.#everyone = null;
+    if (this.size <= LISTED_NAMES) this.#first = "";
   }
 
   /** Tells whether `person` was here: not if no name was given yet. */
@@ -1636,18 +1521,19 @@ class People extends Map<string, Person> {
     return this.delete(key);
   }
 
-  /** Somebody has joined, left or changed. */
+  /** Somebody has left or changed. */
   changed(): void {
     this.#everyone = null;
+    this.#first = "";
   }
 
   /** The first of those who are here, in one line for a new client. */
   get hereNow(): string {
     if (this.size === 0) return "* Nobody else is here yet.\n";
-    const labels = [...this.values().take(LISTED_NAMES).map(label)].join(", ");
+    this.#first ||= [...this.values().take(LISTED_NAMES).map(label)].join(", ");
     const others = this.size - LISTED_NAMES;
     const more = others > 0 ? `, and ${others} more` : "";
-    return `* Here now: ${labels}${more} (${this.size})\n`;
+    return `* Here now: ${this.#first}${more} (${this.size})\n`;
   }
 
   /** Everyone who is here, in lines of {@linkcode LINE_BYTES} at most; those of
@@ -1673,7 +1559,7 @@ const NO_LINKS: ReadonlySet<LinkEvents> = new Set();
 /** The people, what they say, and who receives it. */
 class Room {
   readonly log = new Log();
-  readonly turns = new Turns(() => this.#flush(), () => this.#areManyBehind());
+  readonly turns = new Turns(this);
   /** Everyone and everything that receives something, in the room or not yet. */
   readonly readers = new Set<Reader>();
   readonly people = new People();
@@ -1783,7 +1669,9 @@ class Room {
     const start = this.log.end, time = this.stamp();
     if (this.bell.size > 0) this.#ring(from, decoder.decode(lines));
     this.#notices.spoke(from);
-    this.#append(time + (action ? `** ${from.name} ` : from.mark), lines, from);
+    const { raw } = this.options;
+    const mark = action ? `** ${from.name} ` : raw ? "" : `[${from.name}] `;
+    this.#append(time + mark, lines, from);
     if (this.#history.most > 0 || this.transcript !== null) {
       const said = this.log.tail.between(start, this.log.end);
       this.#history.add(said);
@@ -1889,12 +1777,12 @@ class Room {
     const alone = sender !== undefined && sender === this.#lastSender;
     this.#lastSender = sender;
     this.#flushNeeded = true;
-    if (alone && !this.turns.isEnding) this.#flush();
+    if (alone && !this.turns.isEnding) this.flush();
     else this.turns.endSoon();
   }
 
   /** Whether more readers are far behind than the few that do not read. */
-  #areManyBehind(): boolean {
+  areManyBehind(): boolean {
     const place = this.log.end - FAR_BEHIND_BYTES;
     let count = 0;
     if (place <= 0) return false;
@@ -1905,7 +1793,7 @@ class Room {
   }
 
   /** Starts a write for each reader that is not writing. */
-  #flush(): void {
+  flush(): void {
     if (!this.#flushNeeded) return;
     this.#flushNeeded = false;
     const readers = [...this.readers], { start } = this.log;
@@ -1976,18 +1864,15 @@ const SMALLEST_READ_BYTES = 256, LARGEST_READ_BYTES = 65_536;
  * and of a client whose last read was small. */
 const PACED_READ_BYTES = 8_192, RESTING_READ_BYTES = 2_048;
 
-/** A part of an allocation that several clients share, which saves 0.6 KB each. */
-function smallestBuffer(): Uint8Array {
-  const { buffer, byteOffset } = Buffer.allocUnsafe(SMALLEST_READ_BYTES);
-  return new Uint8Array(buffer, byteOffset, SMALLEST_READ_BYTES);
-}
-
 /** What a client has sent: the lines that were not said yet. */
 class Input {
-  /** What is read next goes here. */
-  buffer: Uint8Array = smallestBuffer();
+  /** What is read next goes here. A Buffer, as several small ones share an allocation,
+   * which saves each client 0.6 KB. */
+  buffer: Uint8Array = Buffer.allocUnsafe(SMALLEST_READ_BYTES);
   /** The question that the next line answers. */
   question: "" | "password" | "name" = "";
+  /** What the last one was answered with. */
+  answer = "";
   /** Whether the first line was looked at. */
   firstLineSeen = false;
   /** The lines that wait. They may lie in {@linkcode Input.buffer}. */
@@ -2007,7 +1892,8 @@ class Input {
    * all said. Returns what made them. */
   split(count: number): LineSplitter {
     const splitter = this.#splitter ??= this.#newSplitter();
-    this.lines = splitter.push(this.buffer.subarray(0, count));
+    const { buffer, byteOffset } = this.buffer;
+    this.lines = splitter.push(new Uint8Array(buffer, byteOffset, count));
     this.#sizeBuffer(count);
     return splitter;
   }
@@ -2059,10 +1945,7 @@ class Input {
     let size = Math.min(length, RESTING_READ_BYTES);
     if (count === length) size = Math.min(length * 8, most);
     else if (count <= SMALLEST_READ_BYTES) size = SMALLEST_READ_BYTES;
-    if (size === length) return;
-    this.buffer = size > SMALLEST_READ_BYTES
-      ? new Uint8Array(size)
-      : smallestBuffer();
+    if (size !== length) this.buffer = Buffer.allocUnsafe(size);
   }
 }
 
@@ -2147,14 +2030,16 @@ const GOODBYE =
 type Report = (what: string, client: Client, reason?: string) => void;
 
 /** A connection and the person behind it. */
-class Client extends Person implements Sink, TurnTaker {
+class Client extends Person implements Sink {
   readonly reader: Reader;
   /** When it connected, and when it sent its last line, in milliseconds of
    * `performance.now`. */
   readonly connected = performance.now();
   lastLine = this.connected;
+  /** The last turn of which it used something, and how much. */
   turn = -1;
   used = 0;
+  /** The turn in which it was served last, or else connected. */
   servedIn = this.room.turns.number;
 
   // It is closed when it has left and both directions have ended; at once if one
@@ -2187,22 +2072,39 @@ class Client extends Person implements Sink, TurnTaker {
     return formatAddress(this.address, this.port);
   }
 
-  /** The life of the client. While it is in the room this is the only function
-   * that waits: one more frame costs each client kilobytes. */
+  /** The life of the client, from the first byte to the last. */
   async live(): Promise<void> {
-    const { room, connection } = this, { turns } = room;
-    if (connection.handshake) await handshake(this);
-    // The new connection is reported before it is refused.
-    if (room.access.asksPassword) await Promise.resolve();
-    if (!this.left) askPasswordOrName(this);
+    const { options, people } = this.room;
+    if (this.connection.handshake) await handshake(this);
+    if (options.passwordFile && !this.left) await askPassword(this);
+    if (options.askName && !this.left) await askName(this);
+    else if (!this.left) this.enter(options.raw ? "" : people.guestName());
+    // Not awaited: while the client is in the room, one function waits. Another
+    // would cost each client half a kilobyte.
+    this.#serve();
+  }
+
+  /** Asks, and resolves to the line that answers; to `null` if the client has left
+   * instead. */
+  ask(question: string, kind: "password" | "name"): Promise<string | null> {
+    this.tell(question);
+    this.#input.question = kind;
+    return this.#serve();
+  }
+
+  /** Reads what the client sends, and says it; until there is nothing more, or the
+   * question that it was asked is answered. */
+  async #serve(): Promise<string | null> {
+    const input = this.#input, { turns } = this.room;
+    const isAsked = input.question !== "";
     // It is here until it has ended, and all that it sent was said.
-    while (!this.#inputEnded || (this.#input.hasLine && !this.left)) {
+    while (!this.#inputEnded || (input.hasLine && !this.left)) {
       const wait = this.left ? null : this.#wait();
       if (wait !== null) await wait;
-      else if (this.left || !this.#input.hasLine) {
+      else if (this.left || !input.hasLine) {
         let count: number | null = 0; // which means that reading fails
         try {
-          count = await connection.read(this.#input.buffer);
+          count = await this.connection.read(input.buffer);
         } catch { /* it does */ }
         this.#received(count);
         // To close with unread input would reset the connection, and the last
@@ -2211,17 +2113,11 @@ class Client extends Person implements Sink, TurnTaker {
           await this.#sleep(DISCARD_MILLISECONDS);
         }
       } else if (!turns.serve(this)) await turns.wait(this);
+      if (isAsked && input.question === "") return input.answer;
     }
     this.leave("");
     if (this.#outputEnded) this.#close();
-  }
-
-  // -- before it is in the room
-
-  /** Asks what the next line is to answer. */
-  ask(question: string, kind: "password" | "name"): void {
-    this.tell(question);
-    this.#input.question = kind;
+    return null;
   }
 
   /** Greets the client, and lets it into the room. */
@@ -2238,7 +2134,7 @@ class Client extends Person implements Sink, TurnTaker {
       reader.flush();
     }
     const what = askName ? "Name chosen by" : "Password accepted from";
-    if (askName || room.access.asksPassword) room.report(what, this);
+    if (askName || room.options.passwordFile) room.report(what, this);
   }
 
   // -- reading
@@ -2278,9 +2174,12 @@ class Client extends Person implements Sink, TurnTaker {
 
   // -- talking
 
-  /** Says the next lines: public ones together, or some others, one by one. */
-  sayNext(): void {
-    if (this.#input.hasLine) this.lastLine = this.room.turns.servedSince;
+  /** Says the next lines: public ones together, or some others, one by one.
+   *
+   * @param now in milliseconds of `performance.now`: to call that here would take a
+   * twentieth of the time of a line */
+  sayNext(now: number): void {
+    if (this.#input.hasLine) this.lastLine = now;
     for (let others = 0; others < MOST_COMMANDS; others++) {
       if (this.left || !this.#input.hasLine) return;
       if (this.pace.lines < 1 || this.reader.isBacklogged) return;
@@ -2289,17 +2188,17 @@ class Client extends Person implements Sink, TurnTaker {
   }
 
   /** Says the next lines that can be appended together, or takes the next other one.
-   * Tells whether something was appended. */
+   * Tells whether that is all for now. */
   #sayRun(): boolean {
     const { room, pace } = this, { raw, askName } = room.options;
-    const input = this.#input, { question } = input;
-    const run = input.take(question ? 1 : pace.lines, !raw && !askName);
+    const input = this.#input, isAnswer = input.question !== "";
+    const run = input.take(isAnswer ? 1 : pace.lines, !raw && !askName);
     pace.charge(run.count);
     room.turns.count(this, run.lines.length + run.count * LINE_COST);
-    if (!question) return COMMANDS.handle(this, run);
+    if (!isAnswer) return COMMANDS.handle(this, run);
     input.question = "";
-    answer(this, question, decoder.decode(run.lines.subarray(0, -1)));
-    return false;
+    input.answer = decoder.decode(run.lines.subarray(0, -1));
+    return true;
   }
 
   // -- receiving
@@ -2411,47 +2310,35 @@ function limitAnswer(
   client.setDeadline(milliseconds, () => client.disconnect(why, reason));
 }
 
-/** Asks for the password, where there is one, and then for a name. */
-function askPasswordOrName(client: Client): void {
-  if (!client.room.access.asksPassword) return askName(client);
+/** Asks for the password until it is right, or the client has left. */
+async function askPassword(client: Client): Promise<void> {
+  const { room: { access, options }, pace: { record } } = client;
   limitAnswer(client, ANSWER_MILLISECONDS, "no password");
-  askPassword(client);
-}
-
-/** Asks for the password, unless there were too many wrong ones. */
-function askPassword(client: Client): void {
-  if (!client.room.access.isLocked(client.pace.record)) {
+  await Promise.resolve(); // the new connection is reported first
+  while (!access.isLocked(record)) {
     const question = "* This room has a password. What is it?\n";
-    return client.ask(question, "password");
+    const line = await client.ask(question, "password");
+    if (line === null) return;
+    // Others at its address may have tried meanwhile.
+    if (access.isLocked(record)) break;
+    if (access.tryPassword(line, record)) return;
+    // In a raw room the question is the only line that is not a relayed one.
+    if (!options.raw) client.tellError("That is not the password.");
   }
   const wait = "Too many wrong passwords from your address.";
   client.disconnect(`${wait} Try again in a minute.`, "no password");
 }
 
-/** Asks for a name, as Protohackers' Budget Chat does, in a room that wants that;
- * lets the client into another. */
-function askName(client: Client): void {
-  const { people, options: { raw, askName } } = client.room;
-  if (!askName) return client.enter(raw ? "" : people.guestName());
+/** Asks for a name, as Protohackers' Budget Chat does, and lets the client in. */
+async function askName(client: Client): Promise<void> {
   limitAnswer(client, NAME_MILLISECONDS, "no name");
-  client.ask("* Welcome to Parley. What is your name?\n", "name");
-}
-
-/** Takes the answer to a question. */
-function answer(client: Client, question: string, line: string): void {
-  const { people, access, options } = client.room, { record } = client.pace;
-  if (question === "name") {
-    const name = normalizeName(line);
-    const problem = people.nameProblem(name, client);
-    if (problem === null) return client.enter(name!);
-    client.disconnect(`${problem} Join again with another.`, "no name");
-  } else if (access.isLocked(record)) askPassword(client); // by others' answers
-  else if (access.tryPassword(line, record)) askName(client);
-  else {
-    // In a raw room the question is the only line that is not a relayed one.
-    if (!options.raw) client.tellError("That is not the password.");
-    askPassword(client);
-  }
+  const question = "* Welcome to Parley. What is your name?\n";
+  const line = await client.ask(question, "name");
+  if (line === null) return;
+  const name = normalizeName(line);
+  const problem = client.room.people.nameProblem(name, client);
+  if (problem === null) return client.enter(name!);
+  client.disconnect(`${problem} Join again with another.`, "no name");
 }
 
 /** What a client is told as it enters. */
@@ -2918,17 +2805,17 @@ export interface Reports {
 export class ChatServer implements AsyncDisposable {
   /** The address that it listens on, with the real port where 0 was asked for. */
   readonly addr: Deno.NetAddr;
+  readonly #stopping = new AbortController();
   /** Aborted when the server begins to stop, before anyone is told. */
-  readonly stopping: AbortSignal;
+  readonly stopping: AbortSignal = this.#stopping.signal;
   /** Resolves when the server has stopped and every connection is closed. */
   readonly finished: Promise<void>;
   readonly #reports: Required<Reports>;
   readonly #prints: boolean;
   readonly #room: Room;
-  readonly #tls: Tls | null;
+  readonly #tls: TlsOptions | null;
   readonly #listener: Deno.TcpListener;
   readonly #accepting: Promise<void>;
-  readonly #stopping = new AbortController();
   #stopped: Promise<void> | null = null;
   #lastAcceptReport = -Infinity;
   readonly #refusals = new RefusalReports((line) => this.#print(line));
@@ -2941,22 +2828,24 @@ export class ChatServer implements AsyncDisposable {
     };
     this.#prints = reports.print !== undefined;
     // The files first: no client can connect to a room that does not open.
-    const { tlsCert, tlsKey, log, motd } = options;
+    const { host, port, reusePort, tlsCert, tlsKey, log, motd } = options;
     this.#room = new Room(options, this.#report);
-    this.#tls = tlsCert ? new Tls(tlsCert, tlsKey) : null;
+    this.#tls = tlsCert ? readTlsOptions(tlsCert, tlsKey) : null;
     if (motd) this.#room.motd = readMotd(motd);
-    if (log) {
-      const transcript = new Transcript(log, this.#room, this.#reports.warn);
-      this.#room.transcript = transcript;
-    }
+    const { warn } = this.#reports;
+    if (log) this.#room.transcript = new Transcript(log, this.#room, warn);
     try {
-      this.#listener = listenOn(options);
+      this.#listener = Deno.listen({ hostname: host, port, reusePort });
     } catch (error) {
       this.#room.transcript?.close();
-      throw error;
+      throw openError(`Cannot listen on ${formatAddress(host, port)}`, error, {
+        flags: "--allow-net",
+        other: "choose an address with --host",
+        PermissionDenied:
+          "the system does not permit it (choose a --port above 1023)",
+      });
     }
     this.addr = this.#listener.addr as Deno.NetAddr;
-    this.stopping = this.#stopping.signal;
     this.#accepting = this.#accept();
     this.finished = this.#accepting.then(() => this.stop());
   }
@@ -2984,6 +2873,10 @@ export class ChatServer implements AsyncDisposable {
     options: Partial<Options> = {},
     reports: Reports = {},
   ): ChatServer {
+    const unknown = Object.keys(options).find((it) =>
+      !Object.hasOwn(DEFAULTS, it)
+    );
+    if (unknown) throw new UsageError(`Unknown option ${unknown}`);
     checkOptions(options);
     const history = options.askName ? 0 : DEFAULTS.history;
     const given = Object.entries(options).filter(([, it]) => it !== undefined);
@@ -3083,7 +2976,7 @@ export class ChatServer implements AsyncDisposable {
    * @returns how the link puts people and lines into the room
    */
   attach(events: LinkEvents, { name = "" } = {}): Attachment {
-    return attach(this.#room, events, name);
+    return new RoomLink(this.#room, events, name);
   }
 
   /** Stops the server at the end of an `await using` block. */
@@ -3170,14 +3063,15 @@ export class ChatServer implements AsyncDisposable {
     connection: Connection,
     remote: { hostname: string; port: number },
   ): void {
-    const address = plainAddress(remote.hostname);
+    // IPv4 without the form that it has at a listener on `::`.
+    const address = remote.hostname.replace(/^::ffff:(?=\d+\.)/i, "");
     if (this.#room.closed) return tryClose(connection);
     const refusal = this.#room.access.admit(address);
     if (refusal !== null) {
-      const { why, answer } = refusal, { options } = this.#room;
+      const { options } = this.#room;
       const who = formatAddress(address, remote.port);
-      if (!options.quiet) this.#refusals.add(`${who} (${why})`);
-      refuse(connection, answer, options);
+      if (!options.quiet) this.#refusals.add(`${who} (${refusal})`);
+      refuse(connection, REFUSALS[refusal], options);
       return;
     }
     const client = new Client(this.#room, connection, address, remote.port);
@@ -3196,22 +3090,6 @@ export class ChatServer implements AsyncDisposable {
 
   #print(line: string): void {
     this.#reports.print(this.#room.stamp() + line);
-  }
-}
-
-/** Listens on the address and port of a room.
- *
- * @throws {OpenError} if that cannot be done */
-function listenOn({ host, port, reusePort }: Options): Deno.TcpListener {
-  try {
-    const shared = reusePort ? { reusePort } : {};
-    return Deno.listen({ hostname: host, port, ...shared });
-  } catch (error) {
-    throw openError(`Cannot listen on ${formatAddress(host, port)}`, error, {
-      flags: "--allow-net",
-      denied: "choose a --port above 1023",
-      other: "choose an address with --host",
-    });
   }
 }
 
@@ -3244,15 +3122,13 @@ async function refuse(
   { raw, askName }: Options,
 ): Promise<void> {
   const goodbye = raw || askName ? "" : GOODBYE;
-  const late = setTimeout(() => tryClose(connection), DRAIN_MILLISECONDS);
-  try {
-    if (answer) {
-      await connection.handshake?.();
-      await connection.write(encoder.encode(`! ${answer}\n${goodbye}`));
-      await connection.closeWrite?.();
-    }
-  } catch { /* the client is gone */ }
-  clearTimeout(late);
+  const tell = async () => {
+    await connection.handshake?.();
+    await connection.write(encoder.encode(`! ${answer}\n${goodbye}`));
+    await connection.closeWrite?.();
+  };
+  // It fails if the client is gone.
+  if (answer) await atMost(DRAIN_MILLISECONDS, tell().catch(() => {}));
   tryClose(connection);
 }
 
@@ -3273,27 +3149,6 @@ function guarded<Args extends unknown[], Result>(
 // Link: people and lines from other servers. What carries them is an add-on.
 // ---------------------------------------------------------------------------
 
-/** What a link is told of the people and lines of this server. */
-export interface LinkEvents {
-  /** A person says `lines` to everyone: whole lines with their ends, cleaned, and
-   * without the name. In a raw room the name is empty.
-   *
-   * @param action whether it is a line of `/me` */
-  said(name: string, lines: Uint8Array, action: boolean): void;
-  /** A person has joined. */
-  joined(name: string): void;
-  /** A person has left. */
-  left(name: string, reason: string): void;
-  /** A person has another name. */
-  renamed(from: string, to: string): void;
-  /** A person is away, for a reason that can be empty, or back (`null`). */
-  away(name: string, reason: string | null): void;
-  /** A person sends a private message to one whom the link has added. */
-  toldPrivately(from: string, to: string, text: string): void;
-  /** The server stops; it waits for the promise, a second at most. */
-  stopping(): Promise<void>;
-}
-
 /** A person who is connected to another server. */
 class RemotePerson extends Person {
   readonly reader = null;
@@ -3308,26 +3163,19 @@ class RemotePerson extends Person {
   }
 }
 
-/** Makes an {@linkcode Attachment}, whose constructor is not public. */
-let attach: (room: Room, events: LinkEvents, name: string) => Attachment;
-
-/** How a link puts people and lines from elsewhere into the room. Their names are
- * two names with `@` between them, such as `alice@tokyo`, which no local one is. */
-export class Attachment {
-  readonly #room: Room;
-  readonly #name: string;
+/** Puts people and lines from elsewhere into the room. Their names are two names with
+ * `@` between them, such as `alice@tokyo`, which no local one is. */
+class RoomLink implements Attachment {
   readonly #events: LinkEvents;
   /** Those who may return, by {@linkcode nameKey}. */
   readonly #absent = new Map<string, RemotePerson>();
 
-  static {
-    attach = (room, events, name) => new Attachment(room, events, name);
-  }
-
-  /** Use {@linkcode ChatServer.attach}. */
-  private constructor(room: Room, events: LinkEvents, name: string) {
-    this.#room = room;
-    this.#name = nameKey(name);
+  /** @param server what the others call this server; empty if nothing */
+  constructor(
+    readonly room: Room,
+    events: LinkEvents,
+    readonly server: string,
+  ) {
     this.#events = {
       said: guarded(events.said.bind(events)),
       joined: guarded(events.joined.bind(events)),
@@ -3338,48 +3186,37 @@ export class Attachment {
       stopping: async () => await events.stopping(),
     };
     room.links.add(this.#events);
-    if (name) room.people.ownNames.add(this.#name);
+    if (server) room.people.ownNames.add(nameKey(server));
   }
 
-  /** The people of this server, with why they are away; `null`: they are not. */
   people(): { name: string; away: string | null }[] {
-    return [...this.#room.people.values()]
+    return [...this.room.people.values()]
       .filter((person) => !(person instanceof RemotePerson))
       .map(({ name, away }) => ({ name, away }));
   }
 
-  /** Adds a person, and tells the room if `announce`. Returns whether that could be
-   * done: not if the name cannot be used, or is there already. */
   add(
     name: string,
     { announce = false, away = null as string | null } = {},
   ): boolean {
-    if (!isRemoteName(name) || this.#room.people.find(name)) return false;
+    if (!isRemoteName(name) || this.room.people.find(name)) return false;
     const person = this.#takeAbsent(name) ??
-      new RemotePerson(this.#room, this.#events);
-    person.away = away === null ? null : shortText(away);
-    if (announce) this.#room.enter(person, name);
-    else this.#room.add(person, name);
+      new RemotePerson(this.room, this.#events);
+    person.away = away && shortText(away);
+    if (announce) this.room.enter(person, name);
+    else this.room.add(person, name);
     return true;
   }
 
-  /**
-   * Removes a person that the link has added.
-   *
-   * @param options `announce`: whether the room is told, with the `reason`;
-   * `mayReturn`: whether the same person may be added again under this name, as after
-   * an outage. Until then, or until it is removed without this, it is remembered who
-   * ignores the person, and who answers it by `/reply`.
-   */
   remove(
     name: string,
     { announce = false, reason = "", mayReturn = false } = {},
   ): void {
     const absent = this.#takeAbsent(name);
-    if (absent) this.#room.leave(absent, "", { silent: true });
+    if (absent) this.room.leave(absent, "", { silent: true });
     const person = this.#find(name), silent = !announce;
     if (!person) return;
-    this.#room.leave(person, shortText(reason), { silent, mayReturn });
+    this.room.leave(person, shortText(reason), { silent, mayReturn });
     if (mayReturn) this.#absent.set(nameKey(name), person);
   }
 
@@ -3390,26 +3227,22 @@ export class Attachment {
     return person;
   }
 
-  /** Gives a person that the link has added another name; tells whether it could. */
   rename(from: string, to: string): boolean {
-    const person = this.#find(from), other = this.#room.people.find(to);
+    const person = this.#find(from), other = this.room.people.find(to);
     if (!person || !isRemoteName(to) || (other && other !== person)) {
       return false;
     }
-    this.#room.rename(person, to);
+    this.room.rename(person, to);
     return true;
   }
 
-  /** Marks a person that the link has added as away, or as back (`null`). */
   setAway(name: string, reason: string | null): void {
     const person = this.#find(name), away = reason && shortText(reason);
-    if (person) this.#room.setAway(person, away);
+    if (person) this.room.setAway(person, away);
   }
 
-  /** Has a person that the link has added say lines to everyone here. They are
-   * cleaned, and bounded, like those of a client. In a raw room any name does. */
   say(name: string, lines: Uint8Array, { action = false } = {}): void {
-    const room = this.#room, { raw } = room.options;
+    const room = this.room, { raw } = room.options;
     const person = raw
       ? new RemotePerson(room, this.#events)
       : this.#find(name);
@@ -3424,10 +3257,8 @@ export class Attachment {
     }
   }
 
-  /** Sends a private message to a person of this server; tells whether there is one
-   * of that name. */
   tell(from: string, to: string, text: string): boolean {
-    const person = this.#find(from), recipient = this.#room.people.find(to);
+    const person = this.#find(from), recipient = this.room.people.find(to);
     if (!person || !recipient || recipient instanceof RemotePerson) {
       return false;
     }
@@ -3435,29 +3266,26 @@ export class Attachment {
     return line === "" || recipient.receive(person, line);
   }
 
-  /** Answers one person of this server what was wrong, in one line. */
   answer(to: string, text: string): void {
-    this.#room.people.find(to)?.tellError(shortText(text));
+    this.room.people.find(to)?.tellError(shortText(text));
   }
 
-  /** Tells everyone something about the link, in one line. */
   notice(text: string): void {
-    this.#room.notice(shortText(text));
+    this.room.notice(shortText(text));
   }
 
-  /** Removes its people without a notice, and is told nothing more. */
   detach(): void {
-    this.#room.links.delete(this.#events);
-    this.#room.people.ownNames.delete(this.#name);
-    const people = [...this.#room.people.values(), ...this.#absent.values()];
+    this.room.links.delete(this.#events);
+    this.room.people.ownNames.delete(nameKey(this.server));
+    const people = [...this.room.people.values(), ...this.#absent.values()];
     for (const person of people) {
-      if (this.#isOwn(person)) this.#room.leave(person, "", { silent: true });
+      if (this.#isOwn(person)) this.room.leave(person, "", { silent: true });
     }
     this.#absent.clear();
   }
 
   #find(name: string): RemotePerson | undefined {
-    const person = this.#room.people.get(nameKey(name));
+    const person = this.room.people.get(nameKey(name));
     return person && this.#isOwn(person) ? person : undefined;
   }
 
@@ -3503,61 +3331,55 @@ interface AddressRecord {
   lastWrong: number;
 }
 
-/** A network that the operator has banned. */
+/** Why a network is banned. */
 interface Ban {
-  network: Network;
   /** Who was banned; empty if it was a network. */
   name: string;
   reason: string;
   time: Date;
 }
 
-/** Why a client is not admitted. */
-interface Refusal {
-  /** For the operator. */
-  why: string;
-  /** For the client; empty if its network is not admitted at all. */
-  answer: string;
-}
+/** Why a client is refused, and what it is told: nothing if its network is not admitted
+ * at all. */
+const REFUSALS = {
+  "not in --allow": "",
+  "banned": "",
+  "the room is full": "The room is full. Try again later.",
+  "--max-per-address": "There are too many connections from your address.",
+};
 
 /** Who is admitted: address rules, bans, numbers of clients, lines that each address
  * has sent, and the password. */
 class Access {
-  bans: Ban[] = [];
-  #isBanned = networkTest([]);
+  /** By their networks, as {@linkcode readNetwork} gives them. */
+  readonly bans = new Map<string, Ban>();
   /** How many clients are connected. */
   clients = 0;
   readonly #addresses = new Map<string, AddressRecord>();
   #lastForgotten = -Infinity;
-  readonly #isAllowed: ((address: string) => boolean) | null;
+  readonly #allowed: string[];
   /** Whether a text is the password; `null` if none is asked for. */
   readonly #isPassword: ((text: string) => boolean) | null;
 
   constructor(readonly options: Options) {
     const { allow, passwordFile } = options;
-    this.#isAllowed = allow.length > 0
-      ? networkTest(allow.map((text) => parseNetwork(text)!))
-      : null;
+    this.#allowed = allow.map(readNetwork);
     this.#isPassword = passwordFile
       ? passwordTest(readPassword(passwordFile))
       : null;
   }
 
-  /** Counts a client, unless it is refused. */
-  admit(address: string): Refusal | null {
-    const { maxClients, maxPerAddress } = this.options;
-    if (this.#isAllowed?.(address) === false) {
-      return { why: "not in --allow", answer: "" };
+  /** Counts a client, unless it is refused: then it tells why. */
+  admit(address: string): keyof typeof REFUSALS | null {
+    const { allow, maxClients, maxPerAddress } = this.options;
+    if (allow.length > 0 && !isIn(this.#allowed, address)) {
+      return "not in --allow";
     }
-    if (this.#isBanned(address)) return { why: "banned", answer: "" };
-    if (this.clients >= maxClients) {
-      const answer = "The room is full. Try again later.";
-      return { why: "the room is full", answer };
-    }
+    if (isIn([...this.bans.keys()], address)) return "banned";
+    if (this.clients >= maxClients) return "the room is full";
     const record = this.record(address);
     if (maxPerAddress > 0 && record.clients >= maxPerAddress) {
-      const answer = "There are too many connections from your address.";
-      return { why: "--max-per-address", answer };
+      return "--max-per-address";
     }
     this.clients++;
     record.clients++;
@@ -3568,25 +3390,6 @@ class Access {
   release(record: AddressRecord): void {
     record.clients--;
     this.clients--;
-  }
-
-  // -- bans
-
-  ban(ban: Omit<Ban, "time">): void {
-    this.unban(({ network }) => network.text === ban.network.text);
-    this.#setBans([...this.bans, { ...ban, time: new Date() }]);
-  }
-
-  /** Lifts those bans that `isMeant` accepts, and returns them. */
-  unban(isMeant: (ban: Ban) => boolean): Ban[] {
-    const lifted = this.bans.filter(isMeant);
-    this.#setBans(this.bans.filter((ban) => !lifted.includes(ban)));
-    return lifted;
-  }
-
-  #setBans(bans: Ban[]): void {
-    this.bans = bans;
-    this.#isBanned = networkTest(bans.map(({ network }) => network));
   }
 
   // -- lines
@@ -3612,10 +3415,6 @@ class Access {
   }
 
   // -- the password
-
-  get asksPassword(): boolean {
-    return this.#isPassword !== null;
-  }
 
   /** Whether too many wrong passwords came from an address. */
   isLocked(record: AddressRecord): boolean {
@@ -3690,94 +3489,55 @@ function passwordTest(password: string): (text: string) => boolean {
 
 // -- addresses
 
-/** A network in CIDR notation (RFC 4632); a single address has all its bits. */
-interface Network {
-  /** Its family, 4 or 6, and then its bits: `4` and eight of them for 10.0.0.0/8. */
-  bits: string;
-  /** The usual spelling; without a prefix if it is a single address. */
-  text: string;
-}
-
 /** What the 128 bits of an IPv4-mapped address begin with (RFC 4291, 2.5.5.2). */
 const MAPPED_BITS = "0".repeat(80) + "1".repeat(16);
 
-/** An address without the IPv4-mapped form. */
-function plainAddress(address: string): string {
-  return address.replace(/^::ffff:(?=\d+\.)/i, "");
-}
-
-/** Reads a network or a single address, such as `10.0.0.0/8` or `::1`. */
-function parseNetwork(text: string): Network | null {
+/** Reads a network (CIDR, RFC 4632) or a single address, such as `10.0.0.0/8` or `::1`.
+ * Returns its family, 4 or 6, and the bits that its addresses begin with: `400001010`
+ * for 10.0.0.0/8; empty if it is none. */
+function readNetwork(text: string): string {
   const [, host = "", length] =
-    /^([^/%]+)(?:%[^/]*)?(?:\/(\d{1,3}))?$/.exec(text) ?? [];
-  const bits = addressBits(host);
-  if (bits === "") return null;
-  if (length === undefined) return networkOf(bits);
-  const isMapped = bits[0] === "4" && host.includes(":");
-  const prefix = Number(length) - (isMapped ? 96 : 0);
-  const isPrefix = prefix >= 0 && prefix < bits.length;
-  return isPrefix ? networkOf(bits.slice(0, 1 + prefix)) : null;
-}
-
-/** The family of an address and its bits, as in {@linkcode Network}; empty if it is
- * no address. */
-function addressBits(address: string): string {
-  // Without leading zeros, which some take for octal (RFC 6943, 3.1.1).
-  if (/^(?:0|[1-9]\d{0,2})(?:\.(?:0|[1-9]\d{0,2})){3}$/.test(address)) {
-    const bytes = address.split(".").map(Number);
-    return bytes.some((byte) => byte > 255) ? "" : "4" + binary(bytes, 8);
-  }
-  if (!/^[\da-f:.]*:[\da-f:.]*$/i.test(address)) return "";
-  // Checked, and brought to one spelling (RFC 5952).
-  const host = URL.parse(`http://[${address}]/`)?.hostname;
-  if (host === undefined) return "";
-  const [first, last = []] = host.slice(1, -1).split("::")
+    /^([\da-f:.]+)(?:%[^/]*)?(?:\/(\d{1,3}))?$/i.exec(text) ?? [];
+  const isIPv4 = !host.includes(":");
+  // Checked, and brought to one spelling (RFC 5952): without leading zeros, which some
+  // take for octal (RFC 6943, 3.1.1).
+  const url = URL.parse(`http://[${isIPv4 ? "0:0:0:0:0:ffff:" : ""}${host}]/`);
+  const prefix = isIPv4 ? 96 + Number(length ?? 32) : Number(length ?? 128);
+  if (url === null || prefix > 128) return "";
+  const [first, last = []] = url.hostname.slice(1, -1).split("::")
     .map((part) => part.split(":").filter(Boolean));
   const zeros = Array(8 - first.length - last.length).fill("0");
-  const groups = [...first, ...zeros, ...last];
-  const bits = binary(groups.map((group) => parseInt(group, 16)), 16);
-  const isMapped = bits.startsWith(MAPPED_BITS);
-  return isMapped ? "4" + bits.slice(MAPPED_BITS.length) : "6" + bits;
+  const bits = [...first, ...zeros, ...last]
+    .map((group) => parseInt(group, 16).toString(2).padStart(16, "0")).join("");
+  if (!bits.startsWith(MAPPED_BITS)) return "6" + bits.slice(0, prefix);
+  return prefix < 96 ? "" : "4" + bits.slice(96, prefix);
 }
 
-function binary(numbers: number[], width: number): string {
-  return numbers.map((it) => it.toString(2).padStart(width, "0")).join("");
+/** The usual spelling of a network; without a prefix if it is a single address. */
+function networkText(network: string): string {
+  const bits = network.slice(1), size = network[0] === "4" ? 32 : 128;
+  const number = BigInt("0b" + bits.padEnd(size, "0"));
+  const groups = number.toString(16).padStart(32, "0").match(/.{4}/g)!;
+  const host = size === 32 ? `${number}` : `[${groups.join(":")}]`;
+  const address = new URL(`http://${host}`).hostname.replace(/[[\]]/g, "");
+  return bits.length < size ? `${address}/${bits.length}` : address;
 }
 
-function networkOf(bits: string): Network {
-  const [size, width] = bits[0] === "4" ? [32, 8] : [128, 16];
-  const numbers = Array.from({ length: size / width }, (_, i) => {
-    const part = bits.slice(1 + i * width, 1 + (i + 1) * width);
-    return parseInt(part.padEnd(width, "0"), 2);
-  });
-  const groups = numbers.map((number) => number.toString(16)).join(":");
-  const address = width === 8
-    ? numbers.join(".")
-    : new URL(`http://[${groups}]/`).hostname.slice(1, -1);
-  const prefix = bits.length - 1;
-  return { bits, text: prefix < size ? `${address}/${prefix}` : address };
-}
-
-/** Tests whether an address is in one of these networks. */
-function networkTest(networks: Network[]): (address: string) => boolean {
-  return (text) => {
-    const own = networks.length > 0 ? parseNetwork(text) : null;
-    return own !== null &&
-      networks.some(({ bits }) => own.bits.startsWith(bits));
-  };
+/** Whether an address is in one of these networks. */
+function isIn(networks: string[], address: string): boolean {
+  const own = networks.length > 0 ? readNetwork(address) : "";
+  return networks.some((network) => own.startsWith(network));
 }
 
 /** The network by which an address counts: of IPv6 the first 64 bits. */
-function countedNetwork({ bits }: Network): Network {
-  const isIPv6Address = bits[0] === "6" && bits.length === 129;
-  return networkOf(isIPv6Address ? bits.slice(0, 65) : bits);
+function countedNetwork(network: string): string {
+  return network.length > 128 ? network.slice(0, 65) : network;
 }
 
-/** The same as text. What is no address, such as a path, counts by itself. */
+/** The same as a key. What is no address, such as a path, counts by itself. */
 function addressKey(address: string): string {
   if (!address.includes(":")) return address;
-  const network = parseNetwork(address);
-  return network ? countedNetwork(network).text : address;
+  return countedNetwork(readNetwork(address)) || address;
 }
 
 function formatAddress(address: string, port: number): string {
@@ -3790,47 +3550,36 @@ function formatAddress(address: string, port: number): string {
 interface Remedy {
   /** The flags that grant the permission of Deno. */
   flags: string;
-  /** When the system denies it. */
-  denied?: string;
-  /** When there is no such file: the folder that it has to be in. */
-  folder?: string;
-  /** In all other cases. */
+  /** What to do where the error of the system is all that is known. */
   other?: string;
+  /** What to say of an error of that name, if not what is in {@linkcode PROBLEMS}. */
+  [name: string]: string | undefined;
 }
+
+const PROBLEMS: Record<string, string> = {
+  AddrInUse: "the port is in use (choose another with --port)",
+  AddrNotAvailable:
+    "this machine does not have that address (choose one with --host)",
+  NotFound: "there is no such file",
+};
 
 /** The error of what cannot be opened: why, and what to do. */
 function openError(what: string, error: unknown, remedy: Remedy): OpenError {
-  return new OpenError(`${what}: ${problem(error, remedy)}`, { cause: error });
-}
-
-function problem(error: unknown, remedy: Remedy): string {
-  const { flags, denied, folder, other } = remedy;
-  if (error instanceof Deno.errors.NotCapable) {
+  const { name, message } = error as Error, { flags, other } = remedy;
+  const hint = other ? ` (${other})` : "";
+  let why = remedy[name] ?? PROBLEMS[name] ?? reason(error) + hint;
+  if (name === "NotCapable") {
     // For devices Deno "Requires all access".
-    const all = error.message.includes("all access");
+    const needed = message.includes("all access") ? "--allow-all" : flags;
     // A binary was granted its permissions when it was made.
     const how = Deno.build.standalone ? "compile" : "run";
-    return `it is not permitted (${how} it with ${
-      all ? "--allow-all" : flags
-    })`;
+    why = `it is not permitted (${how} it with ${needed})`;
   }
-  if (error instanceof Deno.errors.AddrInUse) {
-    return "the port is in use (choose another with --port)";
-  }
-  if (error instanceof Deno.errors.AddrNotAvailable) {
-    return "this machine does not have that address (choose one with --host)";
-  }
-  if (error instanceof Deno.errors.NotFound) {
-    if (!folder) return "there is no such file";
-    if (!exists(folder)) {
-      return `the folder ${folder} does not exist (create it first)`;
-    }
-  }
-  if (error instanceof Deno.errors.PermissionDenied && denied) {
-    return `the system does not permit it (${denied})`;
-  }
-  return reason(error) + (other ? ` (${other})` : "");
+  return new OpenError(`${what}: ${why}`, { cause: error });
 }
+
+const FILE_DENIED =
+  "the system does not permit it (look at the file's owner and mode)";
 
 function exists(path: string): boolean {
   try {
@@ -3841,15 +3590,13 @@ function exists(path: string): boolean {
   }
 }
 
-const FILE_DENIED = "look at the file's owner and mode";
-
 function readFile(path: string): string {
   try {
     return Deno.readTextFileSync(path);
   } catch (error) {
     throw openError(`Cannot read ${path}`, error, {
       flags: `--allow-read=${path}`,
-      denied: FILE_DENIED,
+      PermissionDenied: FILE_DENIED,
     });
   }
 }
@@ -3876,61 +3623,57 @@ const LOOPBACK = "127.0.0.1";
 /** How much is passed on at once, in bytes. */
 const FORWARD_BYTES = 4_096;
 
-/** The certificate and its key, and what they make of connections. */
-class Tls {
-  readonly #options: Deno.ListenTlsOptions & Deno.TlsCertifiedKeyPem;
+type TlsOptions = Deno.ListenTlsOptions & Deno.TlsCertifiedKeyPem;
 
-  /** @throws {OpenError} if the files do not hold a certificate and its key */
-  constructor(certPath: string, keyPath: string) {
-    const cert = readFile(certPath), key = readFile(keyPath);
-    this.#options = { hostname: LOOPBACK, port: 0, cert, key };
-    try {
-      Deno.listenTls(this.#options).close();
-    } catch (error) {
-      throw openError(`Cannot use ${certPath} with ${keyPath}`, error, {
-        flags: "--allow-net",
-        other: "give a certificate and its own key, as PEM files",
-      });
-    }
+/** @throws {OpenError} if the files do not hold a certificate and its key */
+function readTlsOptions(certPath: string, keyPath: string): TlsOptions {
+  const cert = readFile(certPath), key = readFile(keyPath);
+  const options = { hostname: LOOPBACK, port: 0, cert, key };
+  try {
+    Deno.listenTls(options).close();
+  } catch (error) {
+    throw openError(`Cannot use ${certPath} with ${keyPath}`, error, {
+      flags: "--allow-net",
+      other: "give a certificate and its own key, as PEM files",
+    });
   }
+  return options;
+}
 
-  /** Two ends of one connection, the second of which speaks TLS. */
-  async connect(): Promise<[Deno.TcpConn, Deno.TlsConn]> {
-    // A listener for each (0.1 ms): a port that stayed open could be filled by
-    // other programs of this machine.
-    using listener = Deno.listenTls(this.#options);
-    const { port } = listener.addr as Deno.NetAddr;
-    const middle = await Deno.connect({ hostname: LOOPBACK, port });
-    const own = middle.localAddr as Deno.NetAddr;
-    try {
-      for (;;) {
-        const inner = await listener.accept();
-        const from = inner.remoteAddr as Deno.NetAddr;
-        if (from.port === own.port && from.hostname === own.hostname) {
-          middle.setNoDelay(true);
-          return [middle, inner];
-        }
-        inner.close(); // such a program, which was quick
+/** Two ends of one connection, the second of which speaks TLS. */
+async function connectTls(
+  options: TlsOptions,
+): Promise<[middle: Deno.TcpConn, inner: Deno.TlsConn]> {
+  // A listener for each (0.1 ms): a port that stayed open could be filled by
+  // other programs of this machine.
+  using listener = Deno.listenTls(options);
+  const { port } = listener.addr as Deno.NetAddr;
+  const middle = await Deno.connect({ hostname: LOOPBACK, port });
+  const own = middle.localAddr as Deno.NetAddr;
+  try {
+    for (;;) {
+      const inner = await listener.accept();
+      const from = inner.remoteAddr as Deno.NetAddr;
+      if (from.port === own.port && from.hostname === own.hostname) {
+        middle.setNoDelay(true);
+        return [middle, inner];
       }
-    } catch (error) {
-      middle.close();
-      throw error;
+      inner.close(); // such a program, which was quick
     }
+  } catch (error) {
+    middle.close();
+    throw error;
   }
 }
 
 class TlsConnection implements Connection {
-  readonly #outer: Deno.TcpConn;
+  readonly #ends: Promise<[middle: Deno.TcpConn, inner: Deno.TlsConn]>;
   readonly #inner: Promise<Deno.TlsConn>;
-  #ends: Deno.Conn[] = [];
-  #closed = false;
   #sent: Promise<void> = Promise.resolve();
 
-  constructor(outer: Deno.TcpConn, tls: Tls) {
-    this.#outer = outer;
-    this.#inner = tls.connect().then(([middle, inner]) => {
-      this.#ends = [middle, inner];
-      if (this.#closed) this.close(); // it was closed meanwhile
+  constructor(readonly outer: Deno.TcpConn, options: TlsOptions) {
+    this.#ends = connectTls(options);
+    this.#inner = this.#ends.then(([middle, inner]) => {
       forward(outer, middle);
       this.#sent = forward(middle, outer);
       return inner;
@@ -3963,8 +3706,8 @@ class TlsConnection implements Connection {
   }
 
   close(): void {
-    this.#closed = true;
-    for (const end of [this.#outer, ...this.#ends.splice(0)]) tryClose(end);
+    tryClose(this.outer);
+    this.#ends.then((ends) => ends.forEach(tryClose), () => {});
   }
 }
 
@@ -3998,14 +3741,6 @@ const GATHER_MILLISECONDS = 10;
 /** How long to wait before another try after a write that failed. */
 const RETRY_MILLISECONDS = 1_000;
 
-/** What an {@linkcode Output} does when lines cannot be written. */
-interface Troubles {
-  /** Lines are dropped, because too many wait. */
-  dropped(): void;
-  /** A write failed; tells whether to try again. */
-  failed(error: unknown): boolean;
-}
-
 /**
  * A file or pipe that lines are written to. Neither a terminal on hold (Ctrl-S)
  * nor a pipe that nobody reads stops the room, as `console.log` would.
@@ -4015,12 +3750,17 @@ class Output {
   #dropped = 0;
   #gone = false;
   #writing: Promise<void> | null = null;
+  /** Whether trouble was told, and nothing has been written since. */
+  #troubled = false;
 
-  /** @param most how many characters may wait */
+  /**
+   * @param most how many characters may wait
+   * @param warn is told of trouble; without it the first write that fails is the last
+   */
   constructor(
-    readonly file: { write(bytes: Uint8Array): Promise<number> },
+    public file: Pick<Deno.FsFile, "write" | "close">,
     readonly most: number,
-    readonly troubles: Troubles,
+    readonly warn?: (trouble: string) => void,
   ) {}
 
   /** Adds a line, or several. */
@@ -4028,7 +3768,7 @@ class Output {
     if (this.#gone) return;
     if (this.#waiting.length > this.most) {
       this.#dropped += lines.split("\n").length;
-      this.troubles.dropped();
+      this.#tell("Some lines are lost: the disk is slower than the talk");
     } else this.#waiting += lines + "\n";
     this.#writing ??= this.#write();
   }
@@ -4051,8 +3791,10 @@ class Output {
       while (bytes.length > 0 && !this.#gone) {
         try {
           bytes = bytes.subarray(await this.file.write(bytes));
+          this.#troubled = false;
         } catch (error) {
-          if (this.#gone || !this.troubles.failed(error)) return this.stop();
+          if (this.#gone || !this.warn) return this.stop();
+          this.#tell(`Cannot write: ${reason(error)}`);
           await delay(RETRY_MILLISECONDS);
         }
       }
@@ -4063,6 +3805,11 @@ class Output {
       await delay(GATHER_MILLISECONDS);
     }
     this.#writing = null;
+  }
+
+  #tell(trouble: string): void {
+    if (!this.#troubled) this.warn?.(trouble);
+    this.#troubled = true;
   }
 }
 
@@ -4075,32 +3822,22 @@ const TRANSCRIPT_LINE = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (.+)$/;
 
 /** The public lines, kept in a file. */
 class Transcript {
-  #file: Deno.FsFile;
   readonly #output: Output;
-  /** Whether trouble was reported, and nothing has been written since. */
-  #reported = false;
 
   /** Opens the file, and takes the room's history from it.
    *
    * @throws {OpenError} if that cannot be done */
   constructor(
     readonly path: string,
-    readonly room: Room,
-    readonly warn: (line: string) => void,
+    room: Room,
+    warn: (line: string) => void,
   ) {
-    this.#file = this.#open();
-    this.#restore();
+    const file = this.#open();
+    restore(room, file);
     this.#output = new Output(
-      { write: (bytes) => this.#write(bytes) },
+      file,
       LOGGED_CHARACTERS,
-      {
-        dropped: () =>
-          this.#report("Some lines are lost: the disk is slower than the talk"),
-        failed: (error) => {
-          this.#report(`Cannot write: ${reason(error)}`);
-          return true;
-        },
-      },
+      (trouble) => warn(`${trouble} (--log ${path}; the room goes on)`),
     );
   }
 
@@ -4111,10 +3848,13 @@ class Transcript {
       const options = { read: true, append: true, create: true, mode: 0o600 };
       return Deno.openSync(path, options);
     } catch (error) {
+      const folder = path.replace(/[^/\\]*$/, "") || ".";
       throw openError(`Cannot open ${path}`, error, {
         flags: `--allow-read=${path} --allow-write=${path}`,
-        denied: FILE_DENIED,
-        folder: path.replace(/[^/\\]*$/, "") || ".",
+        PermissionDenied: FILE_DENIED,
+        NotFound: exists(folder)
+          ? reason(error)
+          : `the folder ${folder} does not exist (create it first)`,
       });
     }
   }
@@ -4123,8 +3863,8 @@ class Transcript {
    *
    * @throws {OpenError} if that cannot be done; the old one stays in use */
   reopen(): void {
-    const before = this.#file;
-    this.#file = this.#open();
+    const before = this.#output.file;
+    this.#output.file = this.#open();
     before.close();
   }
 
@@ -4135,73 +3875,46 @@ class Transcript {
    */
   add(lines: Uint8Array, stampLength: number): void {
     const start = new Date().toISOString() + " ";
-    const text = decoder.decode(lines.subarray(0, -1));
-    this.#output.print(
-      text.split("\n").map((line) => start + line.slice(stampLength)).join(
-        "\n",
-      ),
-    );
+    const said = decoder.decode(lines.subarray(0, -1)).split("\n");
+    const logged = said.map((line) => start + line.slice(stampLength));
+    this.#output.print(logged.join("\n"));
   }
 
   /** Closes the file when all is written, or cannot be in time. */
   async close(): Promise<void> {
     await this.#output.flush(DRAIN_MILLISECONDS);
     this.#output.stop();
-    this.#file.close();
-  }
-
-  async #write(bytes: Uint8Array): Promise<number> {
-    const count = await this.#file.write(bytes);
-    this.#reported = false;
-    return count;
-  }
-
-  #report(text: string): void {
-    if (this.#reported) return;
-    this.#reported = true;
-    this.warn(`${text} (--log ${this.path}; the room goes on)`);
-  }
-
-  /** Gives the room the last lines of the file as its history. */
-  #restore(): void {
-    const file = this.#file, { history, raw } = this.room.options;
-    const { isFile, size } = file.statSync();
-    if (!isFile || size === 0) return;
-    // The end is enough, however large the file is: as many of the longest lines,
-    // or as much as the history keeps and as much again for the times.
-    const most = Math.min(
-      (history + 1) * TRANSCRIPT_LINE_BYTES,
-      2 * HISTORY_BYTES,
-    );
-    file.seekSync(Math.max(0, size - most), Deno.SeekMode.Start);
-    const tail = readFully(file, Math.min(size, most));
-    if (tail.at(-1) !== LF) file.writeSync(LINE_END);
-    if (history === 0 || raw) return;
-    // What was cut off may be the middle of a line, which anyone can have made
-    // to look like the beginning of one.
-    const start = size > most ? tail.indexOf(LF) + 1 : 0;
-    const lines = decoder.decode(tail.subarray(start)).split("\n")
-      .filter((line) => line.length <= TRANSCRIPT_LINE_BYTES);
-    this.room.restoreHistory(
-      lines.flatMap((line) => {
-        const [, stamp, said] = TRANSCRIPT_LINE.exec(cleanLine(line)) ?? [];
-        const time = new Date(stamp);
-        return Number.isNaN(time.getTime()) ? [] : [{ time, line: said }];
-      }).slice(-history),
-    );
+    this.#output.file.close();
   }
 }
 
-/** Reads `length` bytes, or up to the end. */
-function readFully(file: Deno.FsFile, length: number): Uint8Array {
-  const bytes = new Uint8Array(length);
-  let filled = 0;
-  while (filled < length) {
-    const count = file.readSync(bytes.subarray(filled));
-    if (count === null) break;
-    filled += count;
-  }
-  return bytes.subarray(0, filled);
+/** Gives the room the last lines of its log file as its history. */
+function restore(room: Room, file: Deno.FsFile): void {
+  const { history, raw } = room.options, { isFile, size } = file.statSync();
+  if (!isFile || size === 0) return;
+  // The end is enough, however large the file is: as many of the longest lines,
+  // or as much as the history keeps and as much again for the times.
+  const most = Math.min(
+    (history + 1) * TRANSCRIPT_LINE_BYTES,
+    2 * HISTORY_BYTES,
+  );
+  file.seekSync(Math.max(0, size - most), Deno.SeekMode.Start);
+  const tail = new Uint8Array(Math.min(size, most));
+  let filled = 0, count;
+  while ((count = file.readSync(tail.subarray(filled)))) filled += count;
+  if (tail.at(-1) !== LF) file.writeSync(LINE_END);
+  if (history === 0 || raw) return;
+  // What was cut off may be the middle of a line, which anyone can have made
+  // to look like the beginning of one.
+  const start = size > most ? tail.indexOf(LF) + 1 : 0;
+  const lines = decoder.decode(tail.subarray(start)).split("\n")
+    .filter((line) => line.length <= TRANSCRIPT_LINE_BYTES)
+    .flatMap((line) => {
+      const [, stamp, said] = TRANSCRIPT_LINE.exec(cleanLine(line)) ?? [];
+      const time = new Date(stamp);
+      return Number.isNaN(time.getTime()) ? [] : [{ time, line: said }];
+    });
+  room.restoreHistory(lines.slice(-history));
 }
 
 // ---------------------------------------------------------------------------
@@ -4212,18 +3925,16 @@ function readFully(file: Deno.FsFile, length: number): Uint8Array {
 class Operator extends Person implements Sink {
   readonly reader: Reader;
   readonly #splitter = new LineSplitter(false, beginsCommand);
-  readonly #stop: () => void;
   #hasQuit = false;
 
   /** @param stop stops the server */
   constructor(
     room: Room,
     readonly print: (line: string) => void,
-    stop: () => void,
+    readonly stop: () => void,
   ) {
     super(room);
     this.name = HOST;
-    this.#stop = stop;
     this.reader = new Reader(room, this);
     this.reader.follow();
   }
@@ -4241,7 +3952,7 @@ class Operator extends Person implements Sink {
   /** Stops the server. Nothing that was typed after that is taken. */
   quit(): void {
     this.#hasQuit = true;
-    this.#stop();
+    this.stop();
   }
 
   /** All clients that are connected, whether they have a name or not. */
@@ -4281,8 +3992,8 @@ const CONSOLE_COMMANDS = new Commands<Operator>([
   ["quit exit", "", "stops the server", (operator) => operator.quit()],
 ], "quit");
 
-/** The name of a client for the operator. */
-function nameOf({ name, room }: Client): string {
+/** The name of a person for the operator. */
+function nameOf({ name, room }: Person): string {
   return name || (room.options.raw ? "(no name)" : "(no name yet)");
 }
 
@@ -4298,23 +4009,19 @@ function findClient(operator: Operator, name: string): Client | undefined {
 function listPeople(operator: Operator, name: string): void {
   const only = name ? findPerson(operator, name) : undefined;
   if (name && !only) return;
-  if (only === operator) return operator.tell("* That is you.\n");
+  if (only instanceof Operator) return operator.tell("* That is you.\n");
   const { clients, room } = operator;
   const others = [...room.people.values()]
     .filter((person) => person instanceof RemotePerson);
-  const rows = [...clients, ...others]
-    .filter((person) => !only || person === only)
-    .map((person) => {
-      const { away } = person;
-      const where = person instanceof Client
-        ? ` ${person.origin}, ${timeSince(person.connected)}`
-        : ", on another server";
-      const shown = person instanceof Client ? nameOf(person) : person.name;
-      const end = away === null ? "" : `, away${away && `: ${away}`}`;
-      return `* ${shown}${where}${end}\n`;
-    });
-  if (rows.length === 0) rows.push("* Nobody is here.\n");
-  operator.tell(rows.join(""));
+  const rows = (only ? [only] : [...clients, ...others]).map((person) => {
+    const { away } = person;
+    const where = person instanceof Client
+      ? ` ${person.origin}, ${timeSince(person.connected)}`
+      : ", on another server";
+    const end = away === null ? "" : `, away${away && `: ${away}`}`;
+    return `* ${nameOf(person)}${where}${end}\n`;
+  });
+  operator.tell(rows.join("") || "* Nobody is here.\n");
 }
 
 function kick(operator: Operator, text: string): void {
@@ -4326,47 +4033,46 @@ function kick(operator: Operator, text: string): void {
 /** Bans a network, and disconnects the clients there. A ban of a person is refused
  * if there are others at the address. */
 function ban(operator: Operator, text: string): void {
-  const [whom, reason] = firstWord(text), typed = parseNetwork(whom);
+  const [whom, reason] = firstWord(text), typed = readNetwork(whom);
   const client = typed ? undefined : findClient(operator, whom);
   if (!typed && !client) return;
-  const address = typed ?? parseNetwork(client!.address);
-  if (address === null) {
+  const network = countedNetwork(typed || readNetwork(client!.address));
+  if (network === "") {
     return operator.tellError(
       `${whom} has no IP address. /kick ${whom} disconnects ${whom}.`,
     );
   }
-  const network = countedNetwork(address), isThere = networkTest([network]);
-  const there = operator.clients.filter(({ address }) => isThere(address));
+  const shown = networkText(network), { bans } = operator.room.access;
+  const there = operator.clients.filter((it) => isIn([network], it.address));
   const others = there.filter((it) => it !== client);
   if (client && others.length > 0) {
     const names = others.slice(0, LISTED_NAMES).map(nameOf).join(", ");
     return operator.tellError(
       `Not banned: ${names} would be banned too. ` +
-        `/ban ${network.text} bans them all, ` +
+        `/ban ${shown} bans them all, ` +
         `/kick ${whom} disconnects ${whom} alone.`,
     );
   }
-  operator.room.access.ban({ network, name: client?.name ?? "", reason });
-  const what = `${network.text} is banned.`;
-  operator.tell(`* ${what} /unban ${network.text} undoes this.\n`);
+  bans.delete(network); // the last one is listed last
+  bans.set(network, { name: client?.name ?? "", reason, time: new Date() });
+  operator.tell(`* ${shown} is banned. /unban ${shown} undoes this.\n`);
   const why = reason ? `banned: ${reason}` : "banned";
   for (const it of there) it.disconnect(`You were ${why}.`, why);
 }
 
 function unban(operator: Operator, text: string): void {
-  const typed = parseNetwork(text);
-  const network = typed && countedNetwork(typed).text;
-  const lifted = operator.room.access.unban((ban) =>
-    ban.network.text === network ||
-    (ban.name !== "" && nameKey(ban.name) === nameKey(text))
+  const { bans } = operator.room.access, typed = readNetwork(text);
+  const counted = countedNetwork(typed), key = nameKey(text);
+  const lifted = [...bans].filter(([network, { name }]) =>
+    network === counted || (name !== "" && nameKey(name) === key)
   );
-  for (const { network } of lifted) {
-    operator.tell(`* ${network.text} is no longer banned.\n`);
+  for (const [network] of lifted) {
+    bans.delete(network);
+    operator.tell(`* ${networkText(network)} is no longer banned.\n`);
   }
   if (lifted.length > 0) return;
-  const wider = operator.room.access.bans.find(({ network }) =>
-    typed?.bits.startsWith(network.bits)
-  )?.network.text;
+  const network = [...bans.keys()].find((it) => typed.startsWith(it));
+  const wider = network && networkText(network);
   operator.tellError(
     wider
       ? `${text} is banned by ${wider}. /unban ${wider} admits all of it.`
@@ -4375,10 +4081,11 @@ function unban(operator: Operator, text: string): void {
 }
 
 function listBans(operator: Operator): void {
-  const { bans } = operator.room.access;
-  const rows = bans.map(({ network, name, reason, time }) =>
-    `* ${network.text}${name && ` (${name})`} is banned since ` +
-    `${dateText(time)} ${timeText(time)}${reason && `: ${reason}`}\n`
+  const rows = Array.from(
+    operator.room.access.bans,
+    ([network, { name, reason, time }]) =>
+      `* ${networkText(network)}${name && ` (${name})`} is banned since ` +
+      `${dateText(time)} ${timeText(time)}${reason && `: ${reason}`}\n`,
   );
   operator.tell(rows.join("") || "* Nobody is banned.\n");
 }
@@ -4467,7 +4174,7 @@ ${rows.join("\n")}`;
  */
 export function parseOptions(args: string[]): CommandLine {
   const given = readArguments(args);
-  const textsOf = (name: string) => [given[name] ?? []].flat();
+  const textsOf = (name: string): string[] => [given[name] ?? []].flat();
   const options: Record<string, unknown> = {};
   const others: Record<string, unknown> = {};
   for (const flag of FLAGS) {
@@ -4481,8 +4188,7 @@ export function parseOptions(args: string[]): CommandLine {
     const value = flag.repeatable ? values : values.at(-1);
     (key in DEFAULTS ? options : others)[key] = value;
   }
-  checkValues({ ...options, ...others });
-  checkOptions(options);
+  checkOptions({ ...options, ...others });
   return { ...others, options };
 }
 
@@ -4499,7 +4205,7 @@ function readArguments(args: string[]) {
     alias: Object.fromEntries(
       FLAGS.flatMap(({ name, short }) => short ? [[short, name]] : []),
     ),
-    unknown(arg) {
+    unknown(arg: string) {
       if (!arg.startsWith("-")) return true; // and so it is in `given._`
       const option = arg.replace(/=.*/s, "");
       const nearest = closestString(option, names.map(dashed));
@@ -4545,21 +4251,10 @@ function withTiedValues(args: string[]): string[] {
   return tied;
 }
 
-/** Throws a {@linkcode UsageError} if no room can be opened with `options`. */
-function checkOptions(options: Partial<Record<keyof Options, unknown>>): void {
-  const kind = (it: unknown) => Array.isArray(it) ? "list" : typeof it;
-  for (const [key, value] of Object.entries(options)) {
-    const standard: unknown = DEFAULTS[key as keyof Options];
-    if (standard === undefined) throw new UsageError(`Unknown option ${key}`);
-    if (value === undefined || typeof standard === "number") continue;
-    if (kind(value) !== kind(standard)) {
-      const given = singleLine(String(value));
-      throw new UsageError(
-        `Cannot use ${given} for ${key}: give a ${kind(standard)}`,
-      );
-    }
-  }
-  checkValues(options);
+/** Throws a {@linkcode UsageError} if a value is not what its flag takes, or two
+ * contradict each other. */
+function checkOptions(options: Record<string, unknown>): void {
+  for (const flag of FLAGS) checkValue(flag, options[keyOf(flag)]);
   const { raw, askName, timestamps, tlsCert, tlsKey } = options;
   if (raw && (askName || timestamps)) {
     throw new UsageError(
@@ -4581,36 +4276,34 @@ function checkOptions(options: Partial<Record<keyof Options, unknown>>): void {
   }
 }
 
-/** Throws a {@linkcode UsageError} if a value is not what its flag takes. */
-function checkValues(values: Partial<Record<string, unknown>>): void {
-  for (const flag of FLAGS) {
-    const { name, value: kind, range } = flag, value = values[keyOf(flag)];
-    if (value === undefined) continue;
-    const expect = (usable: boolean, what: string, given = value) => {
-      if (usable) return;
-      const shown = singleLine(String(given));
-      throw new UsageError(`Cannot use ${shown} for --${name}: give ${what}`);
-    };
-    if (range) {
-      const [from, to] = range;
-      const number = Number.isInteger(value) ? Number(value) : NaN;
-      expect(
-        number >= from && number <= to,
-        `a whole number from ${from} to ${to}`,
-      );
-    } else if (name === "host") {
-      // Letters, digits and what else an address or a host name can hold.
-      expect(
-        /^[\p{L}\p{N}.:%_-]+$/u.test(String(value)),
-        "an address, such as 127.0.0.1 or ::",
-      );
-    } else if (kind === "CIDR") {
-      for (const network of value as string[]) {
-        const usable = parseNetwork(network) !== null;
-        expect(usable, "a network, such as 192.168.0.0/16", network);
-      }
-    }
+function checkValue(flag: Flag, value: unknown): void {
+  if (value === undefined) return;
+  const { name, value: kind, range, repeatable } = flag;
+  const expect = (
+    usable: boolean,
+    what: string,
+    { given = value, option = `--${name}` } = {},
+  ) => {
+    if (usable) return;
+    const shown = singleLine(String(given));
+    throw new UsageError(`Cannot use ${shown} for ${option}: give ${what}`);
+  };
+  if (range) {
+    const [from, to] = range;
+    const number = Number.isInteger(value) ? Number(value) : NaN;
+    const isInRange = number >= from && number <= to;
+    return expect(isInRange, `a whole number from ${from} to ${to}`);
   }
+  const type = repeatable ? "list" : kind ? "string" : "boolean";
+  const given = Array.isArray(value) ? "list" : typeof value;
+  expect(given === type, `a ${type}`, { option: keyOf(flag) });
+  for (const network of kind === "CIDR" ? value as string[] : []) {
+    const isNetwork = readNetwork(network) !== "", given = network;
+    expect(isNetwork, "a network, such as 192.168.0.0/16", { given });
+  }
+  // Letters, digits and what else an address or a host name can hold.
+  const isHost = name !== "host" || /^[\p{L}\p{N}.:%_-]+$/u.test(String(value));
+  expect(isHost, "an address, such as 127.0.0.1 or ::");
 }
 
 // ---------------------------------------------------------------------------
@@ -4620,13 +4313,6 @@ function checkValues(values: Partial<Record<string, unknown>>): void {
 /** How long standard output has to take the last lines. */
 const EXIT_MILLISECONDS = 250;
 
-function printer(file: typeof Deno.stdout): Output {
-  return new Output(file, PRINTED_CHARACTERS, {
-    dropped() {},
-    failed: () => false,
-  });
-}
-
 function exitWith(error: unknown, status: number): never {
   console.error(`parley: ${reason(error)}`);
   Deno.exit(status);
@@ -4634,7 +4320,8 @@ function exitWith(error: unknown, status: number): never {
 
 async function main(args: string[]): Promise<void> {
   let commandLine: CommandLine, server: ChatServer;
-  const output = printer(Deno.stdout), errors = printer(Deno.stderr);
+  const output = new Output(Deno.stdout, PRINTED_CHARACTERS);
+  const errors = new Output(Deno.stderr, PRINTED_CHARACTERS);
   const print = (line: string) => output.print(line);
   const warn = (line: string) => errors.print(`parley: ${line}`);
   try {
@@ -4695,31 +4382,32 @@ async function startAddOns(
   commandLine: CommandLine,
   reports: Required<Reports>,
 ): Promise<void> {
-  const { options, web, trustProxy, link } = commandLine;
-  const { host, tlsCert, tlsKey, rate, raw, passwordFile } = {
-    ...DEFAULTS,
-    ...options,
-  };
+  const { web, trustProxy, link, linkAs, linkCreds } = commandLine;
+  const options = { ...DEFAULTS, ...commandLine.options };
+  const { tlsCert, tlsKey, passwordFile, raw } = options;
   if (web !== undefined) {
     const { WebServer } = await import("./web/web.ts");
     const page = await WebServer.listen(server, {
-      host,
+      ...options,
       port: web,
-      rate,
-      raw,
-      password: passwordFile !== "",
+      tlsCert: tlsCert && readFile(tlsCert),
+      tlsKey: tlsKey && readFile(tlsKey),
       trustProxy,
-      ...tlsCert && { tlsCert: readFile(tlsCert), tlsKey: readFile(tlsKey) },
+      password: passwordFile !== "",
     });
     server.webPage = page.url;
     reports.print(`Web page: ${page.url}`);
   }
   if (link !== undefined) {
     const { linkRoom } = await import("./link/link.ts");
-    const { linkAs, linkRoom: room, linkCreds } = commandLine;
-    const creds = linkCreds && readFile(linkCreds);
-    const names = { as: linkAs, room, creds };
-    await linkRoom(server, { servers: link, raw, ...names, ...reports });
+    await linkRoom(server, {
+      servers: link,
+      as: linkAs,
+      room: commandLine.linkRoom,
+      creds: linkCreds && readFile(linkCreds),
+      raw,
+      ...reports,
+    });
   }
 }
 
