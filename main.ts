@@ -2113,7 +2113,11 @@ class Client extends Person implements Sink {
           await this.#sleep(DISCARD_MILLISECONDS);
         }
       } else if (!turns.serve(this)) await turns.wait(this);
-      if (isAsked && input.question === "") return input.answer;
+      if (isAsked && input.question === "") {
+        const { answer } = input;
+        input.answer = ""; // it may be the password
+        return answer;
+      }
     }
     this.leave("");
     if (this.#outputEnded) this.#close();
