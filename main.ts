@@ -1957,45 +1957,61 @@ const BURST_SECONDS = 5, PAUSE_SECONDS = 0.3;
 /** After how long, and how often, a client is told that its lines wait. */
 const WAITING_MILLISECONDS = 2_000, WAITING_AGAIN_MILLISECONDS = 10_000;
 
-/** How fast a client may send: a token bucket with a token for each line. What an
- * address sends over several connections, one after the other, counts together. */
-class Pace {
-  #tokens: number;
-  #refilled = performance.now();
+/** Lines that were sent beyond a rate: a token bucket, by what is missing in it. */
+class Debt {
+  /** How many it was when it was counted. */
+  lines = 0;
+  #counted = performance.now();
+
+  /** Counts it anew, less what `rate` lines a second have allowed since. */
+  count(rate: number): number {
+    const now = performance.now();
+    const allowed = (now - this.#counted) * rate / 1_000;
+    this.#counted = now;
+    return this.lines = Math.max(0, this.lines - allowed);
+  }
+}
+
+/** How fast a client may send. What an address sends over several connections, one
+ * after the other, counts together. */
+class Pace extends Debt {
+  /** How many lines it may send at once. */
+  readonly #most: number;
   /** When the client is next told that its lines wait; if they do. */
   #nextNotice = Infinity;
 
-  constructor(readonly access: Access, readonly record: AddressRecord) {
-    this.#tokens = access.burst(record);
+  /** @param rate lines a second; 0 is no limit */
+  constructor(readonly rate: number, readonly record: AddressRecord) {
+    super();
+    this.#most = rate * BURST_SECONDS;
+    this.lines = Math.min(this.#most, record.countFor(rate));
   }
 
   /** How many lines it may send now. */
-  get lines(): number {
-    const { rate } = this.access.options;
-    return rate === 0 ? Infinity : Math.floor(this.#tokens);
+  get allowed(): number {
+    return this.rate === 0 ? Infinity : Math.floor(this.#most - this.lines);
   }
 
-  /** Takes what `lines` lines cost. */
+  /** Takes what `lines` lines cost. The address is charged at once, as the end of a
+   * client that is paced is seen only after its lines. */
   charge(lines: number): void {
-    this.#tokens -= lines;
-    this.access.charge(this.record, lines);
+    if (this.rate === 0) return;
+    this.lines += lines;
+    this.record.countFor(this.rate);
+    this.record.lines += lines;
   }
 
-  /** Counts what was earned since the last call, and tells for how many milliseconds
-   * the client has to wait. What is not read meanwhile, TCP holds back at the sender:
-   * nothing is dropped. */
+  /** For how many milliseconds the client has to wait. What is not read meanwhile, TCP
+   * holds back at the sender: nothing is dropped. */
   pause(): number {
-    const { rate } = this.access.options, most = rate * BURST_SECONDS;
+    const { rate } = this;
     if (rate === 0) return 0;
-    const now = performance.now();
-    const earned = (now - this.#refilled) * rate / 1_000;
-    this.#tokens = Math.min(this.#tokens + earned, most);
-    this.#refilled = now;
-    if (this.#tokens > most / 2) this.#nextNotice = Infinity;
-    if (this.#tokens >= 1) return 0;
+    const tokens = this.#most - this.count(rate);
+    if (tokens > this.#most / 2) this.#nextNotice = Infinity;
+    if (tokens >= 1) return 0;
     // Between half and all of it, or clients that began together would stay so.
     const enough = rate * PAUSE_SECONDS * (1 + Math.random()) / 2;
-    return (Math.max(1, enough) - this.#tokens) * 1_000 / rate;
+    return (Math.max(1, enough) - tokens) * 1_000 / rate;
   }
 
   /** Whether a client whose lines wait is told so now. */
@@ -2064,7 +2080,7 @@ class Client extends Person implements Sink {
     super(room);
     this.reader = new Reader(room, this);
     this.#input = new Input(room.options);
-    this.pace = new Pace(room.access, room.access.record(address));
+    this.pace = new Pace(room.options.rate, room.access.record(address));
   }
 
   /** Its address and port, in the usual form. */
@@ -2186,7 +2202,7 @@ class Client extends Person implements Sink {
     if (this.#input.hasLine) this.lastLine = now;
     for (let others = 0; others < MOST_COMMANDS; others++) {
       if (this.left || !this.#input.hasLine) return;
-      if (this.pace.lines < 1 || this.reader.isBacklogged) return;
+      if (this.pace.allowed < 1 || this.reader.isBacklogged) return;
       if (refuseOtherProtocol(this, this.#input) || this.#sayRun()) return;
     }
   }
@@ -2196,7 +2212,7 @@ class Client extends Person implements Sink {
   #sayRun(): boolean {
     const { room, pace } = this, { raw, askName } = room.options;
     const input = this.#input, isAnswer = input.question !== "";
-    const run = input.take(isAnswer ? 1 : pace.lines, !raw && !askName);
+    const run = input.take(isAnswer ? 1 : pace.allowed, !raw && !askName);
     pace.charge(run.count);
     room.turns.count(this, run.lines.length + run.count * LINE_COST);
     if (!isAnswer) return COMMANDS.handle(this, run);
@@ -2319,12 +2335,12 @@ async function askPassword(client: Client): Promise<void> {
   const { room: { access, options }, pace: { record } } = client;
   limitAnswer(client, ANSWER_MILLISECONDS, "no password");
   await Promise.resolve(); // the new connection is reported first
-  while (!access.isLocked(record)) {
+  while (!record.isLocked) {
     const question = "* This room has a password. What is it?\n";
     const line = await client.ask(question, "password");
     if (line === null) return;
     // Others at its address may have tried meanwhile.
-    if (access.isLocked(record)) break;
+    if (record.isLocked) break;
     if (access.tryPassword(line, record)) return;
     // In a raw room the question is the only line that is not a relayed one.
     if (!options.raw) client.tellError("That is not the password.");
@@ -2697,31 +2713,28 @@ function ignore(client: Client, text: string): void {
   }
 }
 
-/** What a person is told who switches a setting. */
+/** What a person is told who switches a setting on, and off. */
 const SETTINGS = {
-  quiet: {
-    on: "Join, leave and rename notices are hidden.",
-    off: "Join, leave and rename notices are shown.",
-  },
-  bell: {
-    on: "Your terminal rings when you are named or get a private message.",
-    off: "Your terminal no longer rings.",
-  },
+  quiet: [
+    "Join, leave and rename notices are hidden.",
+    "Join, leave and rename notices are shown.",
+  ],
+  bell: [
+    "Your terminal rings when you are named or get a private message.",
+    "Your terminal no longer rings.",
+  ],
 };
 
 /** Switches a setting by "on", "off", or nothing for the other one. */
 function toggle(client: Client, text: string, name: "quiet" | "bell"): void {
-  const people = client.room[name], { on, off } = SETTINGS[name];
+  const people = client.room[name], [on, off] = SETTINGS[name];
   if (!/^(on|off)?$/i.test(text)) {
     return client.tellError(`Type /${name} on or /${name} off.`);
   }
-  if (text ? /on/i.test(text) : !people.has(client)) {
-    people.add(client);
-    client.tell(`* ${on} /${name} off undoes this.\n`);
-  } else {
-    people.delete(client);
-    client.tell(`* ${off}\n`);
-  }
+  const isOn = text ? /on/i.test(text) : !people.has(client);
+  if (isOn) people.add(client);
+  else people.delete(client);
+  client.tell(`* ${isOn ? `${on} /${name} off undoes this.` : off}\n`);
 }
 
 function goAway(client: Client, text: string): void {
@@ -2769,12 +2782,11 @@ function timeSince(moment: number): string {
 // Server: the listener, the clients that it admits, and the end.
 // ---------------------------------------------------------------------------
 
-/** How long to wait when the system accepts no connections for the moment, and
- * how often at most to say that it does not. */
-const ACCEPT_RETRY_MILLISECONDS = 100, ACCEPT_REPORT_MILLISECONDS = 60_000;
+/** How long to wait when the system accepts no connections for the moment. */
+const ACCEPT_RETRY_MILLISECONDS = 100;
 
-/** How often at most to say who was refused. */
-const REFUSAL_REPORT_MILLISECONDS = 1_000;
+/** How often at most to say so, and to say who was refused. */
+const ACCEPT_REPORT_MILLISECONDS = 60_000, REFUSAL_REPORT_MILLISECONDS = 1_000;
 
 /** Where a server's own words go; by default nowhere. */
 export interface Reports {
@@ -2821,8 +2833,8 @@ export class ChatServer implements AsyncDisposable {
   readonly #listener: Deno.TcpListener;
   readonly #accepting: Promise<void>;
   #stopped: Promise<void> | null = null;
-  #lastAcceptReport = -Infinity;
-  readonly #refusals = new RefusalReports((line) => this.#print(line));
+  readonly #refusals = new ReportLimit(REFUSAL_REPORT_MILLISECONDS);
+  readonly #acceptProblems = new ReportLimit(ACCEPT_REPORT_MILLISECONDS);
 
   /** Use {@linkcode ChatServer.listen}. */
   private constructor(options: Options, reports: Reports) {
@@ -2842,8 +2854,8 @@ export class ChatServer implements AsyncDisposable {
       this.#listener = Deno.listen({ hostname: host, port, reusePort });
     } catch (error) {
       this.#room.transcript?.close();
-      throw openError(`Cannot listen on ${formatAddress(host, port)}`, error, {
-        flags: "--allow-net",
+      const what = `Cannot listen on ${formatAddress(host, port)}`;
+      throw openError(what, error, "--allow-net", {
         other: "choose an address with --host",
         PermissionDenied:
           "the system does not permit it (choose a --port above 1023)",
@@ -3029,20 +3041,15 @@ export class ChatServer implements AsyncDisposable {
           error instanceof Deno.errors.ConnectionAborted ||
           error instanceof Deno.errors.NotConnected
         ) continue; // that client has gone again
-        this.#reportAccept(error);
+        if (this.#acceptProblems.next() !== null) {
+          this.#reports.warn(
+            `Cannot accept connections for now: ${reason(error)} ` +
+              `(new clients wait; a higher ulimit -n lets more in)`,
+          );
+        }
         await delay(ACCEPT_RETRY_MILLISECONDS);
       }
     }
-  }
-
-  #reportAccept(error: unknown): void {
-    const now = performance.now();
-    if (now - this.#lastAcceptReport < ACCEPT_REPORT_MILLISECONDS) return;
-    this.#lastAcceptReport = now;
-    this.#reports.warn(
-      `Cannot accept connections for now: ${reason(error)} ` +
-        `(new clients wait; a higher ulimit -n lets more in)`,
-    );
   }
 
   /**
@@ -3074,7 +3081,9 @@ export class ChatServer implements AsyncDisposable {
     if (refusal !== null) {
       const { options } = this.#room;
       const who = formatAddress(address, remote.port);
-      if (!options.quiet) this.#refusals.add(`${who} (${refusal})`);
+      const untold = options.quiet ? null : this.#refusals.next();
+      const more = untold ? `, and ${untold} before it` : "";
+      if (untold !== null) this.#print(`Refused ${who} (${refusal})${more}`);
       refuse(connection, REFUSALS[refusal], options);
       return;
     }
@@ -3097,24 +3106,20 @@ export class ChatServer implements AsyncDisposable {
   }
 }
 
-/** Prints who was refused, at most one a second, and how many there were. */
-class RefusalReports {
-  #last = -Infinity;
-  /** How many were not printed since. */
-  #others = 0;
+/** Has what happens often reported once in so many milliseconds. */
+class ReportLimit {
+  #next = -Infinity;
+  #untold = 0;
 
-  constructor(readonly print: (line: string) => void) {}
+  constructor(readonly milliseconds: number) {}
 
-  add(what: string): void {
-    const now = performance.now();
-    if (now - this.#last < REFUSAL_REPORT_MILLISECONDS) {
-      this.#others++;
-      return;
-    }
-    const more = this.#others > 0 ? `, and ${this.#others} before it` : "";
-    this.print(`Refused ${what}${more}`);
-    this.#last = now;
-    this.#others = 0;
+  /** How many were not told before this one; `null` if it is not to be told itself. */
+  next(): number | null {
+    const now = performance.now(), untold = this.#untold;
+    const isDue = now >= this.#next;
+    if (isDue) this.#next = now + this.milliseconds;
+    this.#untold = isDue ? 0 : untold + 1;
+    return isDue ? untold : null;
   }
 }
 
@@ -3323,16 +3328,29 @@ const PASSWORD_TRIES = 3, PASSWORD_MILLISECONDS = 60_000;
  * remembered are looked for. */
 const MOST_ADDRESSES = 1_000;
 
-/** What is remembered of an address. */
-interface AddressRecord {
+/** What is remembered of an address, and how many lines its clients and earlier ones
+ * have sent beyond their rate. */
+class AddressRecord extends Debt {
   /** How many of its clients are connected. */
-  clients: number;
-  /** How many lines they and earlier ones have sent, less what the rate has allowed
-   * since, and when that was counted. */
-  debt: number;
-  debtTime: number;
-  wrongPasswords: number;
-  lastWrong: number;
+  clients = 0;
+  wrongPasswords = 0;
+  lastWrong = -Infinity;
+
+  /** Counts its debt, for clients of which each may send `rate` lines a second. */
+  countFor(rate: number): number {
+    return this.count(rate * Math.max(1, this.clients));
+  }
+
+  /** Whether the last wrong password still counts. */
+  get wasWrong(): boolean {
+    return performance.now() - this.lastWrong <= PASSWORD_MILLISECONDS;
+  }
+
+  /** Whether too many wrong passwords came from it. */
+  get isLocked(): boolean {
+    if (!this.wasWrong) this.wrongPasswords = 0;
+    return this.wrongPasswords >= PASSWORD_TRIES;
+  }
 }
 
 /** Why a network is banned. */
@@ -3396,38 +3414,6 @@ class Access {
     this.clients--;
   }
 
-  // -- lines
-
-  /** Counts lines against an address when they are sent. When a client leaves would
-   * be too late: the end of a client that is paced is seen only after its lines. */
-  charge(record: AddressRecord, lines: number): void {
-    if (this.options.rate === 0) return;
-    record.debt = this.#debt(record) + lines;
-    record.debtTime = performance.now();
-  }
-
-  /** How many lines a new client may send at once: what clients of its address have
-   * sent before counts. */
-  burst(record: AddressRecord): number {
-    return Math.max(0, this.options.rate * BURST_SECONDS - this.#debt(record));
-  }
-
-  /** How many lines an address has sent beyond the rate of its clients. */
-  #debt({ debt, debtTime, clients }: AddressRecord): number {
-    const rate = this.options.rate * Math.max(1, clients);
-    return Math.max(0, debt - (performance.now() - debtTime) * rate / 1_000);
-  }
-
-  // -- the password
-
-  /** Whether too many wrong passwords came from an address. */
-  isLocked(record: AddressRecord): boolean {
-    if (performance.now() - record.lastWrong > PASSWORD_MILLISECONDS) {
-      record.wrongPasswords = 0;
-    }
-    return record.wrongPasswords >= PASSWORD_TRIES;
-  }
-
   /** Whether a text is the password; counts the wrong ones. */
   tryPassword(text: string, record: AddressRecord): boolean {
     const isRight = this.#isPassword?.(text) ?? true;
@@ -3436,20 +3422,12 @@ class Access {
     return isRight;
   }
 
-  // -- records
-
   /** What is remembered of an address. */
   record(address: string): AddressRecord {
     const key = addressKey(address), known = this.#addresses.get(key);
     if (known !== undefined) return known;
     if (this.#addresses.size >= MOST_ADDRESSES) this.#forgetAddresses();
-    const record = {
-      clients: 0,
-      debt: 0,
-      debtTime: 0,
-      wrongPasswords: 0,
-      lastWrong: -Infinity,
-    };
+    const record = new AddressRecord();
     this.#addresses.set(key, record);
     return record;
   }
@@ -3461,9 +3439,9 @@ class Access {
     if (now - this.#lastForgotten < 1_000) return;
     this.#lastForgotten = now;
     for (const [key, record] of this.#addresses) {
-      const isQuiet = record.clients === 0 && this.#debt(record) === 0;
-      const tried = now - record.lastWrong < PASSWORD_MILLISECONDS;
-      if (isQuiet && !tried) this.#addresses.delete(key);
+      const isQuiet = record.clients === 0 &&
+        record.countFor(this.options.rate) === 0;
+      if (isQuiet && !record.wasWrong) this.#addresses.delete(key);
     }
   }
 }
@@ -3550,28 +3528,30 @@ function formatAddress(address: string, port: number): string {
 
 // -- files, and what cannot be opened
 
-/** What to do when something cannot be opened. */
-interface Remedy {
-  /** The flags that grant the permission of Deno. */
-  flags: string;
-  /** What to do where the error of the system is all that is known. */
-  other?: string;
-  /** What to say of an error of that name, if not what is in {@linkcode PROBLEMS}. */
-  [name: string]: string | undefined;
-}
-
 const PROBLEMS: Record<string, string> = {
   AddrInUse: "the port is in use (choose another with --port)",
   AddrNotAvailable:
     "this machine does not have that address (choose one with --host)",
   NotFound: "there is no such file",
+  PermissionDenied:
+    "the system does not permit it (look at the file's owner and mode)",
 };
 
-/** The error of what cannot be opened: why, and what to do. */
-function openError(what: string, error: unknown, remedy: Remedy): OpenError {
-  const { name, message } = error as Error, { flags, other } = remedy;
+/** The error of what cannot be opened: why, and what to do.
+ *
+ * @param flags the flags that grant the permission of Deno
+ * @param remedies what to say of an error of that name, where it is not what is in
+ * {@linkcode PROBLEMS}, and after any `other`
+ */
+function openError(
+  what: string,
+  error: unknown,
+  flags: string,
+  remedies: Record<string, string> = {},
+): OpenError {
+  const { name, message } = error as Error, { other } = remedies;
   const hint = other ? ` (${other})` : "";
-  let why = remedy[name] ?? PROBLEMS[name] ?? reason(error) + hint;
+  let why = remedies[name] ?? PROBLEMS[name] ?? reason(error) + hint;
   if (name === "NotCapable") {
     // For devices Deno "Requires all access".
     const needed = message.includes("all access") ? "--allow-all" : flags;
@@ -3581,9 +3561,6 @@ function openError(what: string, error: unknown, remedy: Remedy): OpenError {
   }
   return new OpenError(`${what}: ${why}`, { cause: error });
 }
-
-const FILE_DENIED =
-  "the system does not permit it (look at the file's owner and mode)";
 
 function exists(path: string): boolean {
   try {
@@ -3598,10 +3575,7 @@ function readFile(path: string): string {
   try {
     return Deno.readTextFileSync(path);
   } catch (error) {
-    throw openError(`Cannot read ${path}`, error, {
-      flags: `--allow-read=${path}`,
-      PermissionDenied: FILE_DENIED,
-    });
+    throw openError(`Cannot read ${path}`, error, `--allow-read=${path}`);
   }
 }
 
@@ -3636,8 +3610,8 @@ function readTlsOptions(certPath: string, keyPath: string): TlsOptions {
   try {
     Deno.listenTls(options).close();
   } catch (error) {
-    throw openError(`Cannot use ${certPath} with ${keyPath}`, error, {
-      flags: "--allow-net",
+    const what = `Cannot use ${certPath} with ${keyPath}`;
+    throw openError(what, error, "--allow-net", {
       other: "give a certificate and its own key, as PEM files",
     });
   }
@@ -3824,51 +3798,44 @@ const TRANSCRIPT_LINE_BYTES = 3 * LINE_BYTES + 256;
 /** A line of the log file: the time, and what was said. */
 const TRANSCRIPT_LINE = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) (.+)$/;
 
-/** The public lines, kept in a file. */
-class Transcript {
-  readonly #output: Output;
+/** Opens a log file.
+ *
+ * @throws {OpenError} if that cannot be done */
+function openLog(path: string): Deno.FsFile {
+  try {
+    // Only its owner can read what people say.
+    const options = { read: true, append: true, create: true, mode: 0o600 };
+    return Deno.openSync(path, options);
+  } catch (error) {
+    const folder = path.replace(/[^/\\]*$/, "") || ".";
+    const flags = `--allow-read=${path} --allow-write=${path}`;
+    throw openError(`Cannot open ${path}`, error, flags, {
+      NotFound: exists(folder)
+        ? reason(error)
+        : `the folder ${folder} does not exist (create it first)`,
+    });
+  }
+}
 
-  /** Opens the file, and takes the room's history from it.
-   *
-   * @throws {OpenError} if that cannot be done */
+/** The public lines, kept in a file. */
+class Transcript extends Output {
+  /** Opens the file, and takes the room's history from it. */
   constructor(
     readonly path: string,
     room: Room,
     warn: (line: string) => void,
   ) {
-    const file = this.#open();
+    const file = openLog(path);
     restore(room, file);
-    this.#output = new Output(
-      file,
-      LOGGED_CHARACTERS,
-      (trouble) => warn(`${trouble} (--log ${path}; the room goes on)`),
-    );
+    const end = ` (--log ${path}; the room goes on)`;
+    super(file, LOGGED_CHARACTERS, (trouble) => warn(trouble + end));
   }
 
-  #open(): Deno.FsFile {
-    const { path } = this;
-    try {
-      // Only its owner can read what people say.
-      const options = { read: true, append: true, create: true, mode: 0o600 };
-      return Deno.openSync(path, options);
-    } catch (error) {
-      const folder = path.replace(/[^/\\]*$/, "") || ".";
-      throw openError(`Cannot open ${path}`, error, {
-        flags: `--allow-read=${path} --allow-write=${path}`,
-        PermissionDenied: FILE_DENIED,
-        NotFound: exists(folder)
-          ? reason(error)
-          : `the folder ${folder} does not exist (create it first)`,
-      });
-    }
-  }
-
-  /** Opens the file again, after another program has renamed it.
-   *
-   * @throws {OpenError} if that cannot be done; the old one stays in use */
+  /** Opens the file again, after another program has renamed it. If that cannot be
+   * done, the old one stays in use. */
   reopen(): void {
-    const before = this.#output.file;
-    this.#output.file = this.#open();
+    const before = this.file;
+    this.file = openLog(this.path);
     before.close();
   }
 
@@ -3880,15 +3847,14 @@ class Transcript {
   add(lines: Uint8Array, stampLength: number): void {
     const start = new Date().toISOString() + " ";
     const said = decoder.decode(lines.subarray(0, -1)).split("\n");
-    const logged = said.map((line) => start + line.slice(stampLength));
-    this.#output.print(logged.join("\n"));
+    this.print(said.map((it) => start + it.slice(stampLength)).join("\n"));
   }
 
   /** Closes the file when all is written, or cannot be in time. */
   async close(): Promise<void> {
-    await this.#output.flush(DRAIN_MILLISECONDS);
-    this.#output.stop();
-    this.#output.file.close();
+    await this.flush(DRAIN_MILLISECONDS);
+    this.stop();
+    this.file.close();
   }
 }
 
