@@ -654,13 +654,13 @@ function isPlain(chunk: Uint8Array, tabs: boolean): boolean {
  * never change, so a write in flight can refer to them. */
 const SEGMENT_BYTES = 65_536;
 
-/** How many segments are kept (4 MiB). A reader whose cursor is in an older one
- * is too slow. This is the bound on memory however many readers there are. */
-const WINDOW_SEGMENTS = 64;
+/** How far a reader may be behind, in bytes, before it is too slow. Segments live as long
+ * as a reader is in them or before them: this bounds the memory of all readers together. */
+const WINDOW_BYTES = 4_194_304;
 
 /** How far a reader is behind, in bytes, for which input is held back while it is this
  * machine that cannot write more. */
-const FAR_BEHIND_BYTES = WINDOW_SEGMENTS * SEGMENT_BYTES / 4;
+const FAR_BEHIND_BYTES = WINDOW_BYTES / 4;
 
 /** For how many such readers no input is held back: a few may always be stalled. */
 const FEW_READERS = 8;
@@ -676,10 +676,6 @@ const APPENDED_LINES = 256, APPENDED_BYTES = 8_192;
 /** The bounds on what waits for one reader outside the log: detours, and bytes
  * inserted by them. A reader beyond either is too slow. */
 const MOST_DETOURS = 4_096, MOST_INSERTED_BYTES = 65_536;
-
-/** A client for which more than this waits outside the log is not read: answers to
- * what it sends wait like everything else. */
-const BACKLOG_BYTES = 16_384, BACKLOG_DETOURS = 1_024;
 
 /** In a room of up to this many readers a flush starts at a random one, so that the
  * same one is not always the last: with ten people who talk as fast as they receive,
@@ -762,21 +758,13 @@ function encodeAt(text: string, bytes: Uint8Array, start: number): number {
   return end;
 }
 
-/** The lines of the room, of which a window is kept. */
+/** The lines of the room. */
 class Log {
-  #head = new Segment(0);
-  /** How many segments were made. */
-  #segments = 1;
-  tail = this.#head;
+  tail = new Segment(0);
 
   /** Where the next line will begin, in bytes since the room was opened. */
   get end(): number {
     return this.tail.end;
-  }
-
-  /** Where the window begins. */
-  get start(): number {
-    return this.#head.start;
   }
 
   /** Appends lines as {@linkcode Segment.append} does. */
@@ -784,7 +772,6 @@ class Log {
     if (this.tail.append(text, lines)) return;
     this.tail = this.tail.next = new Segment(this.end);
     this.tail.append(text, lines);
-    if (++this.#segments > WINDOW_SEGMENTS) this.#head = this.#head.next!;
   }
 }
 
@@ -845,16 +832,15 @@ class Reader {
     return this.#segment !== null && this.#cursor < place;
   }
 
-  /** Whether so much waits for this reader alone that it gets no more answers. */
-  get isBacklogged(): boolean {
-    return this.#waiting > BACKLOG_BYTES ||
-      this.#detours.length > BACKLOG_DETOURS;
+  /** Whether more than this part of what may wait for this reader alone does. */
+  hasWaiting(part: number): boolean {
+    return this.#waiting > MOST_INSERTED_BYTES * part ||
+      this.#detours.length > MOST_DETOURS * part;
   }
 
-  /** Whether so much waits that it gets no private messages either. */
-  get isFull(): boolean {
-    return this.#waiting > MOST_INSERTED_BYTES / 2 ||
-      this.#detours.length > MOST_DETOURS / 2;
+  /** Whether its client is not read: answers to what it sends wait as well. */
+  get isBacklogged(): boolean {
+    return this.hasWaiting(1 / 4);
   }
 
   /** Follows the log from its present end on. */
@@ -1032,7 +1018,7 @@ abstract class Person {
    * to make anyone too slow. */
   receive(from: Person, text: string): boolean {
     if (this.ignored?.has(from)) return true;
-    if (this.reader?.isFull) return false;
+    if (this.reader?.hasWaiting(1 / 2)) return false;
     this.replyTo = from;
     const bell = this.room.bell.has(this) ? "\x07" : "";
     this.tell(`${bell}${this.room.stamp()}[${from.name} -> you] ${text}\n`);
@@ -1435,27 +1421,6 @@ class Turns {
   }
 }
 
-/** The time of day before each line, `12:34 `, made once a minute. */
-class Clock {
-  #minute = -1;
-  #time = "";
-  #date = "";
-
-  /** @param ended is told the date of a day that has ended */
-  constructor(readonly ended: (date: string) => void) {}
-
-  time(): string {
-    const now = Date.now(), minute = Math.floor(now / 60_000);
-    if (minute === this.#minute) return this.#time;
-    const moment = new Date(now), date = dateText(moment), before = this.#date;
-    this.#minute = minute;
-    this.#time = `${timeText(moment)} `;
-    this.#date = date;
-    if (before && before !== date) this.ended(before);
-    return this.#time;
-  }
-}
-
 /** How many names a new client is shown before the others are only counted. */
 const LISTED_NAMES = 20;
 
@@ -1467,9 +1432,7 @@ class People extends Map<string, Person> {
   /** The names of this server on its links, by {@linkcode nameKey}. */
   readonly ownNames = new Set<string>();
   #guests = 0;
-  /** How the first ones are listed, and what `/who` answers; until that changes. A
-   * crowd that joins would have both made for each. */
-  #first = "";
+  /** What `/who` answers, until that changes: shared by those who ask. */
   #everyone: Uint8Array | null = null;
 
   /** The person of that name, as people write it: `bob`, `bob,` or `@bob`; on the
@@ -1510,7 +1473,6 @@ class People extends Map<string, Person> {
     person.name = name;
     this.set(nameKey(name), person);
     this.#everyone = null;
-    if (this.size <= LISTED_NAMES) this.#first = "";
   }
 
   /** Tells whether `person` was here: not if no name was given yet. */
@@ -1524,16 +1486,15 @@ class People extends Map<string, Person> {
   /** Somebody has left or changed. */
   changed(): void {
     this.#everyone = null;
-    this.#first = "";
   }
 
   /** The first of those who are here, in one line for a new client. */
   get hereNow(): string {
     if (this.size === 0) return "* Nobody else is here yet.\n";
-    this.#first ||= [...this.values().take(LISTED_NAMES).map(label)].join(", ");
+    const first = this.values().take(LISTED_NAMES).map(label).toArray();
     const others = this.size - LISTED_NAMES;
     const more = others > 0 ? `, and ${others} more` : "";
-    return `* Here now: ${this.#first}${more} (${this.size})\n`;
+    return `* Here now: ${first.join(", ")}${more} (${this.size})\n`;
   }
 
   /** Everyone who is here, in lines of {@linkcode LINE_BYTES} at most; those of
@@ -1580,7 +1541,9 @@ class Room {
   closed = false;
   readonly #history: History;
   readonly #notices = new JoinLeaveNotices(this);
-  readonly #clock = new Clock((date) => this.#history.addDate(date));
+  /** The last minute in which a line was stamped, since 1970, and its time of day. */
+  #minute = 0;
+  #time = "";
   #flushNeeded = false;
   #lastSender: Person | undefined;
   readonly #emptied = Promise.withResolvers<void>();
@@ -1742,7 +1705,7 @@ class Room {
   /** Begins with lines that were said before, each with the time of it. */
   restoreHistory(lines: { time: Date; line: string }[]): void {
     const today = dateText(new Date());
-    this.stamp(); // or the clock would not know later that this day has ended
+    this.stamp(); // or it would not be known later that this day has ended
     for (const { time, line } of lines) {
       const date = dateText(time), day = date === today ? "" : `${date} `;
       const stamp = this.options.timestamps ? `${day}${timeText(time)} ` : "";
@@ -1750,9 +1713,17 @@ class Room {
     }
   }
 
-  /** The time of day before a line, if it is wanted. */
+  /** The time of day before a line, `12:34 `, if it is wanted; made once a minute, as
+   * it takes a microsecond. */
   stamp(): string {
-    return this.options.timestamps ? this.#clock.time() : "";
+    if (!this.options.timestamps) return "";
+    const now = Date.now(), minute = Math.floor(now / 60_000);
+    if (minute === this.#minute) return this.#time;
+    const today = dateText(new Date(now));
+    const lastDay = dateText(new Date(this.#minute * 60_000));
+    if (lastDay !== today) this.#history.addDate(lastDay);
+    this.#minute = minute;
+    return this.#time = `${timeText(new Date(now))} `;
   }
 
   /** Appends to the log, past `from` and those who ignore `from`. */
@@ -1796,7 +1767,7 @@ class Room {
   flush(): void {
     if (!this.#flushNeeded) return;
     this.#flushNeeded = false;
-    const readers = [...this.readers], { start } = this.log;
+    const readers = [...this.readers], start = this.log.end - WINDOW_BYTES;
     if (readers.length <= RANDOM_START_READERS) {
       const first = Math.floor(Math.random() * readers.length);
       readers.push(...readers.splice(0, first));
@@ -2679,7 +2650,7 @@ function tellWho(client: Client, text: string): void {
     client.pace.charge(everyone.length / LINE_BYTES);
     // How long this is does not depend on the client: it gets no other answer
     // before it has taken this one, but is not too slow for it.
-    const cost = Math.min(everyone.length, BACKLOG_BYTES + 1);
+    const cost = Math.min(everyone.length, MOST_INSERTED_BYTES / 4 + 1);
     client.reader.insert(everyone, cost);
     return client.reader.flush();
   }
