@@ -985,6 +985,8 @@ abstract class Person {
   name = "";
   /** Why this person is away; `null` if they are not. */
   away: string | null = null;
+  /** Whether this person has joined and said nothing, and the others are told later. */
+  isUnknown = false;
   /** Those whose messages this person does not receive. */
   ignored: Set<Person> | null = null;
   /** Those who do not receive this person's messages. */
@@ -1038,7 +1040,7 @@ abstract class Person {
   }
 }
 
-/** The most bytes of history that are kept, however many lines are asked for. */
+/** About how many bytes of history are kept at most. */
 const HISTORY_BYTES = 1_048_576;
 
 /** The last public lines, for new clients: blocks of bytes that are written once,
@@ -1046,7 +1048,6 @@ const HISTORY_BYTES = 1_048_576;
 class History {
   #blocks: { bytes: Uint8Array; used: number; lines: number }[] = [];
   #lines = 0;
-  #bytes = 0;
 
   /** @param most how many lines it keeps */
   constructor(readonly most: number) {}
@@ -1064,16 +1065,11 @@ class History {
     block.bytes.set(bytes, block.used);
     block.used += bytes.length;
     block.lines += lines;
-    this.#bytes += bytes.length;
     this.#lines += lines;
-    while (this.#blocks.length > 1) {
-      const [oldest] = this.#blocks;
-      const hasEnough = this.#lines - oldest.lines >= this.most;
-      if (!hasEnough && this.#bytes <= HISTORY_BYTES) break;
-      this.#blocks.shift();
-      this.#lines -= oldest.lines;
-      this.#bytes -= oldest.used;
-    }
+    while (
+      this.#lines - this.#blocks[0].lines >= this.most ||
+      this.#blocks.length > HISTORY_BYTES / COPIED_BYTES
+    ) this.#lines -= this.#blocks.shift()!.lines;
   }
 
   /** The lines, in pieces that are shared. */
@@ -1091,7 +1087,7 @@ class History {
   addDate(date: string): void {
     const text = decoder.decode(concat(this.parts));
     this.#blocks = [];
-    this.#lines = this.#bytes = 0;
+    this.#lines = 0;
     const dated = text.replace(/^\d\d:/gm, `${date} $&`);
     for (const line of dated.match(/.+\n/g) ?? []) {
       this.add(encoder.encode(line));
@@ -1152,18 +1148,14 @@ function kindOf(first: number, hasCommands: boolean): Run["kind"] {
  * into one line a second. */
 const NOTICE_BURST = 10;
 
-type Change = "entered" | "left";
-
-function changeText(change: Change, name: string, reason: string): string {
-  return `${name} has ${change} the room${reason && ` (${reason})`}`;
-}
+/** Who has joined or left, and why those left; `null` for one who has joined. */
+type Changes = Map<Person, string | null>;
 
 /** Join and leave notices: one for each person while few come, then one line a
  * second for all. A person who joins and leaves within that second is in none. */
 class JoinLeaveNotices {
-  /** Those who have entered, and whether they have said something since. */
-  readonly #entered = new Map<Person, boolean>();
-  #left: { person: Person; name: string; reason: string }[] = [];
+  /** What the next line tells. */
+  #changes: Changes = new Map();
   #timer: Timer | undefined;
   /** How many notices may come at once, and when that was counted. */
   #tokens = NOTICE_BURST;
@@ -1172,39 +1164,30 @@ class JoinLeaveNotices {
   constructor(readonly room: Room) {}
 
   /** Tells of a change, at once or later. */
-  add(change: Change, person: Person, reason: string): void {
-    const { room } = this, { name } = person, now = performance.now();
+  add(person: Person, reason: string | null): void {
+    const { room } = this, now = performance.now();
     if (room.options.raw || room.closed) return;
     const earned = (now - this.#counted) / 1_000;
     this.#tokens = Math.min(this.#tokens + earned, NOTICE_BURST);
     this.#counted = now;
+    if (!this.#changes.delete(person)) this.#changes.set(person, reason);
     if (this.#timer === undefined && this.#tokens >= 1) {
       this.#tokens--;
-      return room.noticeChange(changeText(change, name, reason), [person]);
+      return this.#tell();
     }
-    if (change === "entered") this.#entered.set(person, false);
-    else if (!this.#entered.delete(person)) {
-      this.#left.push({ person, name, reason });
-    }
+    person.isUnknown = reason === null;
     // Among more than a thousand people less often: a thousand deliveries a second.
     const milliseconds = Math.max(1_000, room.people.size);
-    this.#timer ??= setTimeout(() => this.#tell(), milliseconds);
-  }
-
-  /** Whether the room does not know this person yet: that they have entered will be
-   * told only later. */
-  isUnknown(person: Person): boolean {
-    return this.#entered.get(person) === false;
-  }
-
-  /** `person` has said something. */
-  spoke(person: Person): void {
-    if (this.#entered.has(person)) this.#entered.set(person, true);
+    this.#timer ??= setTimeout(() => {
+      this.#timer = undefined;
+      this.#tokens = 0;
+      this.#tell();
+    }, milliseconds);
   }
 
   /** Tells nothing of `person`. */
   forget(person: Person): void {
-    this.#entered.delete(person);
+    this.#changes.delete(person);
   }
 
   stop(): void {
@@ -1212,36 +1195,32 @@ class JoinLeaveNotices {
   }
 
   #tell(): void {
-    const entered = [...this.#entered.keys()], left = this.#left;
-    this.#timer = undefined;
-    this.#tokens = 0;
-    this.#entered.clear();
-    this.#left = [];
-    const people = [...entered, ...left.map(({ person }) => person)];
-    if (people.length === 0) return;
-    if (people.length > 1) {
-      return this.room.noticeChange(gatheredText(entered.length, left), people);
-    }
-    const text = left.length === 1
-      ? changeText("left", left[0].name, left[0].reason)
-      : changeText("entered", entered[0].name, "");
-    this.room.noticeChange(text, people);
+    const changes = this.#changes;
+    this.#changes = new Map();
+    for (const person of changes.keys()) person.isUnknown = false;
+    if (changes.size > 0) this.room.noticeChanges(changes);
   }
 }
 
-/** One line for several changes, such as `5 people have entered the room, 2 have
- * left (1 too slow)`. */
-function gatheredText(entered: number, left: { reason: string }[]): string {
-  const have = (count: number) => count === 1 ? "has" : "have";
-  const people = (count: number) =>
-    `${count} ${count === 1 ? "person" : "people"} ${have(count)}`;
-  const slow = left.filter(({ reason }) => reason === TOO_SLOW).length;
+/** One line for all changes, such as `alice has left the room (too slow)`, or `5 people
+ * have entered the room, 2 have left (1 too slow)`. */
+function changesText(changes: Changes): string {
+  const [[{ name }, reason]] = changes, reasons = [...changes.values()];
+  if (changes.size === 1) {
+    return reason === null
+      ? `${name} has entered the room`
+      : `${name} has left the room${reason && ` (${reason})`}`;
+  }
+  const entered = reasons.filter((it) => it === null).length;
+  const left = changes.size - entered;
+  const slow = reasons.filter((it) => it === TOO_SLOW).length;
   const tooSlow = slow > 0 ? ` (${slow} ${TOO_SLOW})` : "";
-  const joined = `${people(entered)} entered the room`;
-  if (left.length === 0) return joined;
-  return entered > 0
-    ? `${joined}, ${left.length} ${have(left.length)} left${tooSlow}`
-    : `${people(left.length)} left the room${tooSlow}`;
+  const have = (count: number) => `${count} ${count === 1 ? "has" : "have"}`;
+  const people = (count: number) =>
+    count === 1 ? "1 person has" : `${count} people have`;
+  if (entered === 0) return `${people(left)} left the room${tooSlow}`;
+  const others = left > 0 ? `, ${have(left)} left${tooSlow}` : "";
+  return `${people(entered)} entered the room${others}`;
 }
 
 /** How much a turn of the event loop takes in, in milliseconds of work and in bytes
@@ -1558,7 +1537,7 @@ class Room {
   /** Lets `person` in under a name that has no {@linkcode People.nameProblem}. */
   enter(person: Person, name: string): void {
     this.add(person, name);
-    this.#notices.add("entered", person, "");
+    this.#notices.add(person, null);
     person.reader?.follow();
   }
 
@@ -1574,7 +1553,7 @@ class Room {
     this.people.remove(person);
     this.people.add(person, name);
     for (const link of this.#linksFor(person)) link.renamed(before, name);
-    if (this.#notices.isUnknown(person)) {
+    if (person.isUnknown) {
       // Only the operator has been told, by a report, who has connected.
       const others = person instanceof RemotePerson ? [] : this.quietOnClients;
       for (const other of others) other.tell(`* ${text}\n`);
@@ -1603,7 +1582,7 @@ class Room {
     if (!this.people.remove(person)) return;
     for (const link of this.#linksFor(person)) link.left(person.name, reason);
     if (silent) this.#notices.forget(person);
-    else this.#notices.add("left", person, reason);
+    else this.#notices.add(person, reason);
   }
 
   setAway(person: Person, reason: string | null): void {
@@ -1631,7 +1610,7 @@ class Room {
   say(from: Person, lines: Uint8Array, { action = false } = {}): void {
     const start = this.log.end, time = this.stamp();
     if (this.bell.size > 0) this.#ring(from, decoder.decode(lines));
-    this.#notices.spoke(from);
+    from.isUnknown = false;
     const { raw } = this.options;
     const mark = action ? `** ${from.name} ` : raw ? "" : `[${from.name}] `;
     this.#append(time + mark, lines, from);
@@ -1675,13 +1654,13 @@ class Room {
     this.#flushSoon();
   }
 
-  /** Tells those who want to know that `people` joined or left. A notice about one
-   * person alone is hidden from that person and from those who ignore them. */
-  noticeChange(text: string, people: Person[]): void {
-    const hasRemote = people.some((person) => person instanceof RemotePerson);
-    const { quiet, quietOnClients } = this;
+  /** Tells those who want to know who joined or left. A notice about one person alone is
+   * hidden from that person and from those who ignore them. */
+  noticeChanges(changes: Changes): void {
+    const [person, another] = changes.keys(), { quiet, quietOnClients } = this;
+    const hasRemote = changes.keys().some((it) => it instanceof RemotePerson);
     const others = hasRemote ? quiet : quiet.union(quietOnClients);
-    this.notice(text, people.length === 1 ? people[0] : undefined, others);
+    this.notice(changesText(changes), another ? undefined : person, others);
   }
 
   /** Says the last line that anyone receives. */
