@@ -495,19 +495,37 @@ class LineSplitter {
   ) {}
 
   /** The lines that `chunk` completes, cleaned, with their ends. They may lie in
-   * `chunk`: use them before it is overwritten. */
+   * `chunk`: use them before it is overwritten. Lines that are too long are cut between
+   * characters into pieces of {@linkcode LINE_BYTES} at most. */
   push(chunk: Uint8Array): Uint8Array {
     // What most people type passes as the bytes it came in: decoded and encoded
     // again, a line between two people takes 3 % more time.
-    const plain = (this.telnet?.isInText ?? true) && isPlain(chunk, this.tabs);
-    let bytes = plain ? chunk : this.#filter(chunk);
-    this.junk = (chunk.length - bytes.length) / LINE_BYTES;
-    if (this.#partial.length > 0) bytes = concat([this.#partial, bytes]);
-    if (this.#long || hasLongLine(bytes)) return this.#cleanLong(bytes);
-    const end = bytes.lastIndexOf(LF) + 1;
-    this.#partial = end === bytes.length ? NO_BYTES : bytes.slice(end);
-    const lines = end === bytes.length ? bytes : bytes.subarray(0, end);
-    return plain && bytes === chunk ? lines : this.#clean(lines);
+    let plain = (this.telnet?.isInText ?? true) && isPlain(chunk, this.tabs);
+    let rest = plain ? chunk : this.#filter(chunk);
+    this.junk = (chunk.length - rest.length) / LINE_BYTES;
+    if (this.#partial.length > 0) {
+      rest = concat([this.#partial, rest]);
+      plain = false;
+    }
+    const cleaned: Uint8Array[] = [];
+    for (;;) {
+      const isFirst = cleaned.length === 0;
+      // Whole lines together, as many as are no longer than one may be.
+      const lineEnd = this.#long
+        ? rest.indexOf(LF)
+        : rest.lastIndexOf(LF, LINE_BYTES);
+      const hasMore = lineEnd < 0 || lineEnd > LINE_BYTES;
+      if (lineEnd < 0 && rest.length <= LINE_BYTES) break; // its line end is to come
+      const end = hasMore ? cutBefore(rest, LINE_BYTES) : lineEnd + 1;
+      const part = end === rest.length ? rest : rest.subarray(0, end);
+      if (this.#long || hasMore) {
+        cleaned.push(this.#cleanPiece(part, hasMore, isFirst));
+      } else cleaned.push(plain ? part : this.#clean(part, isFirst));
+      if (!hasMore) this.#long = "";
+      rest = end === rest.length ? NO_BYTES : rest.subarray(end);
+    }
+    this.#partial = rest.length > 0 ? rest.slice() : NO_BYTES;
+    return cleaned.length > 1 ? concat(cleaned) : cleaned[0] ?? NO_BYTES;
   }
 
   /** The last line of a stream that ended without a line end. */
@@ -525,16 +543,15 @@ class LineSplitter {
 
   /** Whole lines as others may receive them, without those that show nothing.
    *
-   * @param first whether they begin with the first line of a chunk
+   * @param isFirst whether they are the first of a chunk
    */
-  #clean(lines: Uint8Array, first = true): Uint8Array {
-    if (lines.length === 0) return lines;
+  #clean(lines: Uint8Array, isFirst: boolean): Uint8Array {
     const text = decoder.decode(lines);
     if (!SUSPECT.test(text)) return lines;
     const typed = text.split("\n"), { tabs } = this;
     const kept = typed.filter(Boolean).map((line) => cleanLine(line, { tabs }))
       .filter(Boolean);
-    if (first && this.refuses("") && cleanLine(typed[0]) === "") {
+    if (isFirst && this.refuses("") && cleanLine(typed[0]) === "") {
       kept.unshift(String.fromCharCode(TOO_LONG)); // an empty answer
     }
     const clean = encoder.encode(kept.map((line) => line + "\n").join(""));
@@ -543,46 +560,28 @@ class LineSplitter {
     return clean;
   }
 
-  /** Cleans lines of which some are too long: those are cut between characters into
-   * pieces of {@linkcode LINE_BYTES} at most. */
-  #cleanLong(bytes: Uint8Array): Uint8Array {
-    const cleaned: Uint8Array[] = [];
-    let start = 0;
-    for (;;) {
-      const lineEnd = bytes.indexOf(LF, start);
-      const length = (lineEnd < 0 ? bytes.length : lineEnd) - start;
-      const hasMore = length > LINE_BYTES;
-      if (!hasMore && lineEnd < 0) break; // the rest waits for its line end
-      const end = hasMore ? cutBefore(bytes, start + LINE_BYTES) : lineEnd;
-      const piece = bytes.subarray(start, end);
-      cleaned.push(this.#cleanPiece(piece, hasMore, start === 0));
-      if (!hasMore) this.#long = "";
-      start = hasMore ? end : end + 1;
-    }
-    this.#partial = bytes.slice(start);
-    return concat(cleaned);
-  }
-
-  /** Cleans a piece of a long line. The first that shows something decides whether
-   * the line is refused.
+  /** Cleans a piece of a line that is too long. The first that shows something decides
+   * whether the line is refused.
    *
    * @param hasMore whether more of the line follows
-   * @param first whether it is the beginning of a chunk
    */
-  #cleanPiece(piece: Uint8Array, hasMore: boolean, first: boolean): Uint8Array {
+  #cleanPiece(
+    piece: Uint8Array,
+    hasMore: boolean,
+    isFirst: boolean,
+  ): Uint8Array {
     if (this.#long === "refused") {
       this.junk += piece.length / LINE_BYTES;
       return NO_BYTES;
     }
-    const clean = this.#clean(concat([piece, LINE_END]), first);
+    const line = hasMore ? concat([piece, LINE_END]) : piece;
+    const clean = this.#clean(line, isFirst);
     if (this.#long === "message") {
       // What is erased may be in an earlier piece, and a command may follow.
       const erases = [BS, DEL, NAK].some((byte) => piece.includes(byte));
       if (erases && this.refuses("/")) return this.#refuse(ERASED);
-      const isShown = clean.length > 0;
-      return isShown ? concat([Uint8Array.of(PIECE), clean]) : NO_BYTES;
+      return clean.length > 0 ? concat([Uint8Array.of(PIECE), clean]) : clean;
     }
-    if (!hasMore) return clean;
     const text = decoder.decode(clean).trimEnd();
     // Where a slash that follows would be the first character, it may be a command.
     const next = cleanLine(decoder.decode(piece) + "/").trimStart();
@@ -597,17 +596,6 @@ class LineSplitter {
     this.#long = "refused";
     return Uint8Array.of(why, LF);
   }
-}
-
-/** Whether a line, or the end without a line end, is too long. */
-function hasLongLine(bytes: Uint8Array): boolean {
-  for (let start = 0; bytes.length - start > LINE_BYTES;) {
-    // Back from where the line must have ended, so that short lines are skipped.
-    const end = bytes.lastIndexOf(LF, start + LINE_BYTES);
-    if (end < start) return true;
-    start = end + 1;
-  }
-  return false;
 }
 
 /** Where a piece ends that has the bytes before `offset`, or a few less: it divides no
@@ -1187,6 +1175,7 @@ class JoinLeaveNotices {
 
   /** Tells nothing of `person`. */
   forget(person: Person): void {
+    person.isUnknown = false;
     this.#changes.delete(person);
   }
 
