@@ -145,8 +145,7 @@ const SPACE = 32, SLASH = 47, TILDE = 126, DEL = 127;
 
 /** What {@linkcode LineSplitter} puts before each further piece of a long message,
  * which is no command, in place of a command or an answer that is too long, and in place
- * of the rest of a long line in which something is erased. None can be typed: cleaning
- * removes control characters. {@linkcode nextRun} reads them. */
+ * of the rest of a long line in which something is erased. None can be typed. */
 const PIECE = 1, TOO_LONG = 2, ERASED = 3;
 
 type Timer = ReturnType<typeof setTimeout>;
@@ -1091,12 +1090,11 @@ function countLines(lines: Uint8Array): number {
 
 /** Lines that can be handled together. */
 interface Run {
-  /** `command`: a line that may be one. The last two stand for a line that is left
-   * out, or the rest of it: see {@linkcode REFUSED}. */
-  kind: "message" | "command" | "too long" | "erased";
   /** The lines, with their ends, and how many they are. */
   lines: Uint8Array;
   count: number;
+  /** Whether it is one line, which may be a command. */
+  isCommand: boolean;
   /** The lines after them. */
   rest: Uint8Array;
 }
@@ -1109,27 +1107,22 @@ interface Run {
  * @param hasCommands whether a line that begins with a slash may be a command
  */
 function nextRun(lines: Uint8Array, most: number, hasCommands: boolean): Run {
-  const first = lines[0], start = first === PIECE ? 1 : 0;
-  const kind = kindOf(first, hasCommands);
-  const mostLines = kind === "message" ? Math.min(most, APPENDED_LINES) : 1;
-  let end = start, count = 0;
+  const isCommand = (first: number) =>
+    hasCommands && (first === SLASH || first === SPACE);
+  const isAlone = (first: number) => first <= ERASED || isCommand(first);
+  const [first] = lines, start = first === PIECE ? 1 : 0;
+  const mostLines = isAlone(first) ? 1 : Math.min(most, APPENDED_LINES);
+  let end = 0, count = 0;
   do {
     end = lines.indexOf(LF, end) + 1;
     count++;
   } while (
-    end < lines.length && count < mostLines && end - start < APPENDED_BYTES &&
-    lines[end] !== PIECE && kindOf(lines[end], hasCommands) === "message"
+    end < lines.length && count < mostLines && end < APPENDED_BYTES &&
+    !isAlone(lines[end])
   );
   const rest = end < lines.length ? lines.subarray(end) : NO_BYTES;
-  return { kind, lines: lines.subarray(start, end), count, rest };
-}
-
-/** What a line is that begins with a byte. */
-function kindOf(first: number, hasCommands: boolean): Run["kind"] {
-  if (first === TOO_LONG) return "too long";
-  if (first === ERASED) return "erased";
-  const isCommand = hasCommands && (first === SLASH || first === SPACE);
-  return isCommand ? "command" : "message";
+  const run = lines.subarray(start, end);
+  return { lines: run, count, isCommand: isCommand(first), rest };
 }
 
 /** How many join and leave notices may come at once. After them they are gathered
@@ -2415,11 +2408,11 @@ const REASON_UNITS = 200;
 const SERVER_REASON =
   /^(tooslow|kicked|banned|tls|awebrequest|anssh|no(name|password|tls))/i;
 
-/** Why a line, or the rest of it, was not sent. */
-const REFUSED = {
-  "too long":
+/** Why a line, or the rest of it, was not sent, by what stands for it. */
+const REFUSED: Record<number, string> = {
+  [TOO_LONG]:
     `Nothing was sent: a command can have ${LINE_BYTES} bytes at most.`,
-  "erased":
+  [ERASED]:
     `The rest of that line was not sent: nothing can be erased in a line ` +
     `of more than ${LINE_BYTES} bytes.`,
 };
@@ -2458,12 +2451,13 @@ class Commands<Actor extends Person> {
 
   /** Says the lines of a run, or carries out its command. Tells whether something
    * was said. */
-  handle(actor: Actor, { kind, lines }: Run): boolean {
-    if (kind === "too long" || kind === "erased") {
-      actor.tellError(REFUSED[kind]);
+  handle(actor: Actor, { isCommand, lines }: Run): boolean {
+    const refusal = REFUSED[lines[0]];
+    if (refusal) {
+      actor.tellError(refusal);
       return false;
     }
-    const said = kind === "message" ? lines : this.#run(actor, lines);
+    const said = isCommand ? this.#run(actor, lines) : lines;
     if (said !== null) actor.room.say(actor, said);
     return said !== null;
   }
