@@ -664,11 +664,10 @@ const APPENDED_LINES = 256, APPENDED_BYTES = 8_192;
  * inserted by them. A reader beyond either is too slow. */
 const MOST_DETOURS = 4_096, MOST_INSERTED_BYTES = 65_536;
 
-/** In a room of up to this many readers a flush starts at a random one, so that the
- * same one is not always the last: with ten people who talk as fast as they receive,
- * a hundred readers get a fifth more. Of more writes the runtime postpones those past
- * the first 128 (tokio's budget), in an order of its own: a thousand readers get 1.6
- * times as many lines if the order stays the same. */
+/** In a room of up to this many readers a flush starts at a random one, so that no
+ * reader is always the last: with ten people who talk as fast as they receive, a hundred
+ * readers get a fifth more. A thousand get 1.6 times as much if the order stays: past the
+ * first 128 writes the runtime postpones the others (tokio's budget). */
 const RANDOM_START_READERS = 256;
 
 /** The reason why a slow reader is disconnected. */
@@ -680,8 +679,9 @@ class Segment {
   readonly bytes = new Uint8Array(SEGMENT_BYTES);
   /** Where it ends in the log, in bytes. */
   end: number;
-  #shared: Uint8Array = NO_BYTES;
-  #sharedFrom = -1;
+  /** What was read last, and from where. */
+  #view: Uint8Array = NO_BYTES;
+  #viewFrom = -1;
 
   /** @param start where it begins in the log, in bytes */
   constructor(readonly start: number) {
@@ -713,19 +713,14 @@ class Segment {
     return true;
   }
 
-  /** The bytes between two places of the log that are in this segment. */
+  /** The bytes between two places of the log that are in this segment: the same view
+   * for all readers that are at the same place. */
   between(from: number, to: number): Uint8Array {
-    return this.bytes.subarray(from - this.start, to - this.start);
-  }
-
-  /** The bytes from a place of the log on: the same view for all readers there. */
-  rest(from: number): Uint8Array {
-    const length = this.end - from;
-    if (this.#sharedFrom !== from || this.#shared.length !== length) {
-      this.#sharedFrom = from;
-      this.#shared = this.between(from, this.end);
+    if (this.#viewFrom !== from || this.#view.length !== to - from) {
+      this.#viewFrom = from;
+      this.#view = this.bytes.subarray(from - this.start, to - this.start);
     }
-    return this.#shared;
+    return this.#view;
   }
 }
 
@@ -743,23 +738,6 @@ function encodeAt(text: string, bytes: Uint8Array, start: number): number {
     bytes[end++] = unit;
   }
   return end;
-}
-
-/** The lines of the room. */
-class Log {
-  tail = new Segment(0);
-
-  /** Where the next line will begin, in bytes since the room was opened. */
-  get end(): number {
-    return this.tail.end;
-  }
-
-  /** Appends lines as {@linkcode Segment.append} does. */
-  append(text: string, lines: Uint8Array): void {
-    if (this.tail.append(text, lines)) return;
-    this.tail = this.tail.next = new Segment(this.end);
-    this.tail.append(text, lines);
-  }
 }
 
 /** A place where one reader leaves the log: it receives `inserted`, and continues
@@ -832,8 +810,8 @@ class Reader {
 
   /** Follows the log from its present end on. */
   follow(): void {
-    this.#segment = this.room.log.tail;
-    this.#cursor = this.room.log.end;
+    this.#segment = this.room.tail;
+    this.#cursor = this.room.tail.end;
   }
 
   /** Sends bytes to this reader alone, in their place among what it reads.
@@ -842,14 +820,14 @@ class Reader {
    */
   insert(inserted: Uint8Array, cost: number = inserted.length): void {
     if (this.#lastPlace !== Infinity) return; // the last bytes may be on their way
-    const at = this.#segment === null ? 0 : this.room.log.end;
+    const at = this.#segment === null ? 0 : this.room.tail.end;
     this.#addDetour({ at, skipTo: at, inserted, cost });
   }
 
   /** Leaves out the bytes from `from` to the end of the log. */
   skip(from: number): void {
     if (this.#segment === null) return;
-    const skipTo = this.room.log.end, last = this.#detours.at(-1);
+    const skipTo = this.room.tail.end, last = this.#detours.at(-1);
     if (last?.skipTo === from) last.skipTo = skipTo;
     else if (last === undefined && this.#cursor === from) this.#cursor = skipTo;
     else this.#addDetour({ at: from, skipTo, inserted: NO_BYTES, cost: 0 });
@@ -867,7 +845,7 @@ class Reader {
   /** Ends at the present end of the log, and calls {@linkcode Sink.drained} when
    * all before it is written. */
   end(): void {
-    if (this.#lastPlace === Infinity) this.#lastPlace = this.room.log.end;
+    if (this.#lastPlace === Infinity) this.#lastPlace = this.room.tail.end;
     this.flush();
   }
 
@@ -960,9 +938,7 @@ class Reader {
     const end = Math.min(to, segment.end, this.#lastPlace, from + most);
     if (end <= from) return null;
     this.#cursor = end;
-    return end === segment.end
-      ? segment.rest(from)
-      : segment.between(from, end);
+    return segment.between(from, end);
   }
 }
 
@@ -1110,7 +1086,7 @@ function nextRun(lines: Uint8Array, most: number, hasCommands: boolean): Run {
   const isCommand = (first: number) =>
     hasCommands && (first === SLASH || first === SPACE);
   const isAlone = (first: number) => first <= ERASED || isCommand(first);
-  const [first] = lines, start = first === PIECE ? 1 : 0;
+  const first = lines[0], start = first === PIECE ? 1 : 0;
   const mostLines = isAlone(first) ? 1 : Math.min(most, APPENDED_LINES);
   let end = 0, count = 0;
   do {
@@ -1249,8 +1225,7 @@ class Turns {
   /** Whether the end of this turn is scheduled. */
   isEnding = false;
   #queue: { client: Client; served: () => void }[] = [];
-  /** When the last turn with a pause ended, and whether a client had to wait for others
-   * since. */
+  /** When the last pause began, and whether a client had to wait for others since. */
   #lastPause = 0;
   #isCrowded = false;
   /** How many writes have ended in this turn, and when it began. */
@@ -1320,17 +1295,13 @@ class Turns {
     // what they bring would leave in writes of its own. With ten people who talk
     // as fast as they receive, a thousand readers get twice as many lines.
     // Only a timer lets the runtime do nothing but read and write for a while.
-    const sincePause = performance.now() - this.#lastPause;
+    const now = performance.now(), sincePause = now - this.#lastPause;
     const isPauseDue = this.#isCrowded && sincePause > PAUSE_MILLISECONDS;
-    if (isPauseDue || this.#isHeld) setTimeout(this.#endPause, 1);
-    else setImmediate(this.#end);
-  }
-
-  #endPause = (): void => {
-    this.#lastPause = performance.now();
+    if (!isPauseDue && !this.#isHeld) return void setImmediate(this.#end);
+    this.#lastPause = now;
     this.#isCrowded = false;
-    this.#end();
-  };
+    setTimeout(this.#end, 1);
+  }
 
   #end = (): void => {
     this.isEnding = false;
@@ -1480,7 +1451,8 @@ const NO_LINKS: ReadonlySet<LinkEvents> = new Set();
 
 /** The people, what they say, and who receives it. */
 class Room {
-  readonly log = new Log();
+  /** The last segment of the log. Only the readers refer to the ones before. */
+  tail = new Segment(0);
   readonly turns = new Turns(this);
   /** Everyone and everything that receives something, in the room or not yet. */
   readonly readers = new Set<Reader>();
@@ -1590,14 +1562,14 @@ class Room {
    * {@linkcode APPENDED_LINES}. Everyone receives them but `from`, and those who
    * ignore `from`. */
   say(from: Person, lines: Uint8Array, { action = false } = {}): void {
-    const start = this.log.end, time = this.stamp();
+    const start = this.tail.end, time = this.stamp();
     if (this.bell.size > 0) this.#ring(from, decoder.decode(lines));
     from.isUnknown = false;
     const { raw } = this.options;
     const mark = action ? `** ${from.name} ` : raw ? "" : `[${from.name}] `;
     this.#append(time + mark, lines, from);
     if (this.#history.most > 0 || this.transcript !== null) {
-      const said = this.log.tail.between(start, this.log.end);
+      const said = this.tail.between(start, this.tail.end);
       this.#history.add(said);
       this.transcript?.add(said, time.length);
     }
@@ -1630,7 +1602,7 @@ class Room {
   /** The server's own words, hidden from the person that they are about, from those
    * who ignore that person, and from `others`. */
   notice(text: string, about?: Person, others?: Iterable<Person>): void {
-    const start = this.log.end;
+    const start = this.tail.end;
     this.#append(`* ${text}\n`, NO_BYTES, about);
     for (const other of others ?? []) other.reader?.skip(start);
     this.#flushSoon();
@@ -1689,13 +1661,16 @@ class Room {
 
   /** Appends to the log, past `from` and those who ignore `from`. */
   #append(text: string, lines: Uint8Array, from?: Person): void {
-    const start = this.log.end;
-    this.log.append(text, lines);
+    const start = this.tail.end;
+    if (!this.tail.append(text, lines)) {
+      this.tail = this.tail.next = new Segment(start);
+      this.tail.append(text, lines);
+    }
     from?.reader?.skip(start);
     if (from?.ignoredBy) {
       for (const other of from.ignoredBy) other.reader?.skip(start);
     }
-    this.turns.appended(this.log.end - start);
+    this.turns.appended(this.tail.end - start);
   }
 
   /** The links that have to be told of what `person` does. */
@@ -1715,7 +1690,7 @@ class Room {
 
   /** Whether more readers are far behind than the few that do not read. */
   areManyBehind(): boolean {
-    const place = this.log.end - FAR_BEHIND_BYTES;
+    const place = this.tail.end - FAR_BEHIND_BYTES;
     let count = 0;
     if (place <= 0) return false;
     for (const reader of this.readers) {
@@ -1728,7 +1703,7 @@ class Room {
   flush(): void {
     if (!this.#flushNeeded) return;
     this.#flushNeeded = false;
-    const readers = [...this.readers], start = this.log.end - WINDOW_BYTES;
+    const readers = [...this.readers], start = this.tail.end - WINDOW_BYTES;
     if (readers.length <= RANDOM_START_READERS) {
       const first = Math.floor(Math.random() * readers.length);
       readers.push(...readers.splice(0, first));
