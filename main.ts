@@ -187,8 +187,8 @@ const MARK = /[\p{M}\u200d\p{VS}]/u;
 /** A line that shows nothing. */
 const BLANK = /^[\p{White_Space}\p{DI}\u2800]*$/v;
 
-// What would hide the slash of a command at the start of a line. No character fits two
-// alternatives, or a long run of them would take endlessly.
+// What would hide the slash of a command. No character fits two alternatives, or a long
+// run of them would take endlessly.
 const HIDDEN_START = new RegExp(
   "^(?:" + [
     // Escape sequences that are broken off, in 7 and in 8 bits.
@@ -242,18 +242,16 @@ function showStart(line: string): string {
 /** What a TAB fills after its first column, until the line is finished. */
 const TAB_CELL = 1;
 
-/** Where a line is scrubbed: to allocate this for each would take as long again. */
+/** Where lines are scrubbed: to allocate it for each would take as long again. */
 const scrubbed = new Uint16Array(LINE_BYTES + 8);
 
 /** Removes control characters, and does what TAB asks for, and Backspace, DEL and
  * Ctrl-U of a client in raw mode, whose terminal edits nothing. One pass over all:
  * an expression for each takes 20 to 40 times as long as plain text. */
 function scrub(line: string, tabs: boolean): string {
-  const isLong = line.length > LINE_BYTES; // such as one of a file
-  const units = isLong ? new Uint16Array(line.length + 8) : scrubbed;
-  let text = tabs ? line : showStart(line),
-    length = 0,
-    spare = LINE_BYTES - line.length;
+  let text = tabs ? line : showStart(line), length = 0;
+  let spare = LINE_BYTES - line.length; // negative for a long line of a file
+  const units = spare < 0 ? new Uint16Array(line.length + 8) : scrubbed;
   for (let i = 0; i < text.length; i++) {
     const unit = text.charCodeAt(i);
     if (unit >= SPACE && unit <= TILDE) units[length++] = unit;
@@ -293,9 +291,8 @@ function withoutLast(units: Uint16Array, length: number): number {
   return 0;
 }
 
-// Letters and digits of any script, with the marks that many scripts write vowels
-// with, but nothing that does not show, such as the Hangul filler, a letter by its
-// class.
+// Letters and digits of any script, and the marks that many write vowels with, but
+// nothing that does not show, as the Hangul filler, a letter by its class.
 const NAME =
   /^[[\p{L}\p{Nd}_\-]--\p{DI}][[\p{L}\p{M}\p{Nd}_\-]--\p{DI}]{0,23}$/v;
 
@@ -311,8 +308,8 @@ const NAME_UNITS = 200;
 /** The operator's name. */
 const HOST = "host";
 
-/** Names that the server's own lines begin with, in letters that look like those
- * of other scripts once they are in lower case. */
+/** Names that the server's own lines begin with, in all letters that look like theirs
+ * in lower case. */
 const RESERVED_NAME = (() => {
   const o = "[oоοօᴏ0ꓳⲟ]", e = "[eеεᴇєꓰꭼ3]", r = "[rгʀꓣꭱ]", s = "[sѕꜱտꓢꮪ5]";
   const host = `[hһнʜհηħꓧꮋ]${o}${s}[tтτᴛꓔꭲ]`;
@@ -376,8 +373,8 @@ const BINARY = 0; // RFC 856
 /** How many bytes of replies to one read are enough to add no more. */
 const MOST_REPLY_BYTES = 192;
 
-/** What {@linkcode TelnetFilter} is in, where it is not what the last command began:
- * text, and a sub-negotiation without an end, up to the next line end. */
+/** States of {@linkcode TelnetFilter} beside the commands: text, and a sub-negotiation
+ * without an end, up to the next line end. */
 const TEXT = 0, LOST = 1;
 
 /** Takes the telnet protocol out of a client's bytes, and makes one LF of each line
@@ -401,9 +398,8 @@ class TelnetFilter {
     return this.#state === TEXT && !this.#afterCr;
   }
 
-  /** The text of a chunk. A byte 255 is never text in UTF-8: it is dropped, where
-   * it is doubled, or what follows it is no command, as when the system took the
-   * urgent byte of a Synch out of the stream (RFC 854, page 9). */
+  /** The text of a chunk. An IAC that no command follows is dropped, as UTF-8 has no
+   * such byte: the system takes the urgent byte of a Synch out (RFC 854, page 9). */
   filter(chunk: Uint8Array): Uint8Array {
     const text = new Uint8Array(chunk.length);
     let length = 0;
@@ -475,12 +471,11 @@ class TelnetFilter {
 class LineSplitter {
   /** Made with the first IAC or CR. */
   telnet: TelnetFilter | null = null;
-  /** What the last chunk cost beyond its lines, in lines: those that are not sent,
-   * and bytes that are removed, {@linkcode LINE_BYTES} for a line. */
+  /** What the last chunk cost beyond its lines, in lines: those that show nothing, and
+   * bytes that are removed, {@linkcode LINE_BYTES} for a line. */
   junk = 0;
   #partial: Uint8Array = NO_BYTES;
-  /** Within a line that is too long: what the first piece that shows something
-   * decided. */
+  /** What the first piece of a line that is too long decided. */
   #long: "" | "message" | "refused" = "";
 
   /**
@@ -656,8 +651,8 @@ const FEW_READERS = 8;
  * in several pieces. */
 const COPIED_BYTES = 16_384;
 
-/** The most lines that are appended at once, and about the most bytes of them,
- * so that they fit into a segment with a name before each line. */
+/** The most lines that are appended at once, and about the most bytes: they fit into a
+ * segment with a name before each line. */
 const APPENDED_LINES = 256, APPENDED_BYTES = 8_192;
 
 /** The bounds on what waits for one reader outside the log: detours, and bytes
@@ -746,7 +741,7 @@ interface Detour {
   at: number;
   skipTo: number;
   inserted: Uint8Array;
-  /** How many bytes of `inserted` only this reader refers to. */
+  /** How many bytes of it only this reader refers to. */
   cost: number;
 }
 
@@ -773,7 +768,7 @@ interface Sink {
 class Reader {
   #segment: Segment | null = null;
   #cursor = 0;
-  /** Nothing after this place of the log is written. */
+  /** Where in the log it ends. */
   #lastPlace = Infinity;
   #detours: Detour[] = NO_DETOURS;
   /** What its detours cost, in bytes. */
@@ -782,7 +777,6 @@ class Reader {
   #batch: Uint8Array | null = null;
   #isWriting = false;
   #stopped = false;
-  /** Resolves the promise of {@linkcode Reader.written}. */
   #resolveWritten: (() => void) | null = null;
 
   constructor(readonly room: Room, readonly sink: Sink) {}
@@ -842,8 +836,7 @@ class Reader {
     this.#waiting += detour.cost;
   }
 
-  /** Ends at the present end of the log, and calls {@linkcode Sink.drained} when
-   * all before it is written. */
+  /** Ends at the present end of the log. */
   end(): void {
     if (this.#lastPlace === Infinity) this.#lastPlace = this.room.tail.end;
     this.flush();
@@ -1051,9 +1044,8 @@ class History {
     const text = decoder.decode(concat(this.parts));
     this.#blocks = [];
     this.#lines = 0;
-    const dated = text.replace(/^\d\d:/gm, `${date} $&`);
-    for (const line of dated.match(/.+\n/g) ?? []) {
-      this.add(encoder.encode(line));
+    for (const line of text.match(/.+\n/g) ?? []) {
+      this.add(encoder.encode(line.replace(/^\d\d:/, `${date} $&`)));
     }
   }
 }
@@ -1185,9 +1177,8 @@ function changesText(changes: Changes): string {
  * appended, before it lets reads and writes happen. */
 const TURN_MILLISECONDS = 4, TURN_BYTES = 65_536;
 
-/** How many writes to single readers a turn takes. In each the runtime begins and
- * ends 128 reads and writes (tokio's budget): with more of these, reads wait for
- * them, and everyone's lines with the reads. */
+/** How many writes to single readers a turn takes. With more than 128 reads and writes
+ * in a turn (tokio's budget), reads wait, and everyone's lines with them. */
 const TURN_ANSWERS = 64;
 
 /** How much one client may send in a turn while nobody waits, in bytes; a line
@@ -1195,8 +1186,8 @@ const TURN_ANSWERS = 64;
 const CLIENT_TURN_BYTES = 16_384, LINE_COST = 64;
 
 /** How often a turn ends with a pause of a millisecond while clients wait, in
- * milliseconds. A runtime that always has something to do asks the system only every 61
- * turns which sockets are ready (tokio's event interval): a line waited 80 ms for that. */
+ * milliseconds. A runtime that is always busy asks only every 61 turns which sockets are
+ * ready (tokio's event interval): a line waited 80 ms for that. */
 const PAUSE_MILLISECONDS = 8;
 
 /** With more than so many writes ending in a millisecond, readers wait for this machine.
@@ -1220,7 +1211,7 @@ class Turns {
   #worked = 0;
   #bytes = 0;
   #answers = 0;
-  /** The readers to flush after the client that is being served; `null`: none is. */
+  /** The readers to flush after the client that is being served, if one is. */
   #answered: Reader[] | null = null;
   /** Whether the end of this turn is scheduled. */
   isEnding = false;
@@ -1280,8 +1271,8 @@ class Turns {
     if (this.#bytes > TURN_BYTES / 4) this.endSoon();
   }
 
-  /** Flushes a reader for which something was inserted: now, or when the client has
-   * been served whose lines led to it. */
+  /** Flushes a reader for which something was inserted: now, or when the client that is
+   * being served has been. */
   answered(reader: Reader): void {
     if (this.#answered === null) reader.flush();
     else if (this.#answered.at(-1) !== reader) this.#answered.push(reader);
@@ -1291,10 +1282,9 @@ class Turns {
   endSoon(): void {
     if (this.isEnding) return;
     this.isEnding = true;
-    // Not a microtask: that would come before the other reads of this turn, and
-    // what they bring would leave in writes of its own. With ten people who talk
-    // as fast as they receive, a thousand readers get twice as many lines.
-    // Only a timer lets the runtime do nothing but read and write for a while.
+    // Not a microtask, which would come before the other reads of this turn: with ten
+    // people who talk as fast as they receive, a thousand readers get twice as many
+    // lines. Only a timer lets the runtime do nothing but read and write for a while.
     const now = performance.now(), sincePause = now - this.#lastPause;
     const isPauseDue = this.#isCrowded && sincePause > PAUSE_MILLISECONDS;
     if (!isPauseDue && !this.#isHeld) return void setImmediate(this.#end);
@@ -1367,8 +1357,8 @@ class People extends Map<string, Person> {
   /** What `/who` answers, until that changes: shared by those who ask. */
   #everyone: Uint8Array | null = null;
 
-  /** The person of that name, as people write it: `bob`, `bob,` or `@bob`; on the
-   * server that is linked as tokyo `bob@tokyo` too. */
+  /** The person of that name, written `bob`, `bob,` or `@bob`; on the server that is
+   * linked as tokyo also `bob@tokyo`. */
   find(name: string): Person | undefined {
     const exact = this.get(nameKey(name));
     if (exact !== undefined) return exact;
@@ -1404,7 +1394,7 @@ class People extends Map<string, Person> {
   add(person: Person, name: string): void {
     person.name = name;
     this.set(nameKey(name), person);
-    this.#everyone = null;
+    this.changed();
   }
 
   /** Tells whether `person` was here: not if no name was given yet. */
@@ -1458,8 +1448,8 @@ class Room {
   readonly readers = new Set<Reader>();
   readonly people = new People();
   readonly access: Access;
-  /** Those who receive no notices of joining, leaving and new names, and those who
-   * receive none that is only of clients of this server that join and leave. */
+  /** Those who receive no notices of joining, leaving and new names, or none that is
+   * only of clients of this server. */
   readonly quiet = new Set<Person>();
   readonly quietOnClients = new Set<Person>();
   /** Those whose terminals ring when they are named. */
@@ -1515,12 +1505,8 @@ class Room {
     person.tell(`* ${text}\n`); // in any case: this answers /nick
   }
 
-  /** Takes `person` out, and tells the others unless `silent`; its reader may still
-   * write what was said before.
-   *
-   * @param options `mayReturn`: whether those who ignore the person are to do so
-   * after it has been added again
-   */
+  /** Takes `person` out, and tells the others unless `silent`. With `mayReturn`, those
+   * who ignore the person do so after it has been added again. */
   leave(
     person: Person,
     reason: string,
@@ -1558,9 +1544,8 @@ class Room {
 
   // -- lines
 
-  /** Appends public lines of `from`: bytes with their line ends, no more than
-   * {@linkcode APPENDED_LINES}. Everyone receives them but `from`, and those who
-   * ignore `from`. */
+  /** Appends public lines of `from`, no more than {@linkcode APPENDED_LINES}. Everyone
+   * receives them but `from`, and those who ignore `from`. */
   say(from: Person, lines: Uint8Array, { action = false } = {}): void {
     const start = this.tail.end, time = this.stamp();
     if (this.bell.size > 0) this.#ring(from, decoder.decode(lines));
@@ -1599,8 +1584,8 @@ class Room {
     if (to.away !== null) from.tell(awayText(to));
   }
 
-  /** The server's own words, hidden from the person that they are about, from those
-   * who ignore that person, and from `others`. */
+  /** The server's own words, hidden from the person that they are about, those who
+   * ignore that person, and `others`. */
   notice(text: string, about?: Person, others?: Iterable<Person>): void {
     const start = this.tail.end;
     this.#append(`* ${text}\n`, NO_BYTES, about);
@@ -1631,7 +1616,7 @@ class Room {
 
   /** The last public lines, in pieces that all new clients share. */
   history(): Uint8Array[] {
-    this.stamp(); // which puts the date before the lines of another day
+    this.stamp(); // puts the date before the lines of another day
     return this.#history.parts;
   }
 
@@ -1678,8 +1663,8 @@ class Room {
     return person instanceof RemotePerson ? NO_LINKS : this.links;
   }
 
-  /** Flushes at the end of the turn, with what else is said in it; at once if one
-   * person alone is talking, which takes a tenth less time between two people. */
+  /** Flushes at the end of the turn; at once if one person alone is talking, which takes
+   * a tenth less time between two people. */
   #flushSoon(sender?: Person): void {
     const alone = sender !== undefined && sender === this.#lastSender;
     this.#lastSender = sender;
