@@ -636,8 +636,8 @@ function isPlain(chunk: Uint8Array, tabs: boolean): boolean {
  * never change, so a write in flight can refer to them. */
 const SEGMENT_BYTES = 65_536;
 
-/** How far a reader may be behind, in bytes, before it is too slow. Segments live as long
- * as a reader is in them or before them: this bounds the memory of all readers together. */
+/** How far a reader may be behind, in bytes, before it is too slow. As only readers
+ * keep old segments alive, this bounds the memory of all of them together. */
 const WINDOW_BYTES = 4_194_304;
 
 /** How far a reader is behind, in bytes, for which input is held back while it is this
@@ -659,10 +659,10 @@ const APPENDED_LINES = 256, APPENDED_BYTES = 8_192;
  * inserted by them. A reader beyond either is too slow. */
 const MOST_DETOURS = 4_096, MOST_INSERTED_BYTES = 65_536;
 
-/** In a room of up to this many readers a flush starts at a random one, so that no
- * reader is always the last: with ten people who talk as fast as they receive, a hundred
- * readers get a fifth more. A thousand get 1.6 times as much if the order stays: past the
- * first 128 writes the runtime postpones the others (tokio's budget). */
+/** In a room of up to this many readers a flush starts at a random one, so that none
+ * is always the last: with ten people who talk as fast as they receive, a hundred
+ * readers get a fifth more. A thousand get 1.6 times as much if the order stays: the
+ * runtime postpones writes after the first 128 (tokio's budget). */
 const RANDOM_START_READERS = 256;
 
 /** The reason why a slow reader is disconnected. */
@@ -1186,8 +1186,8 @@ const TURN_ANSWERS = 64;
 const CLIENT_TURN_BYTES = 16_384, LINE_COST = 64;
 
 /** How often a turn ends with a pause of a millisecond while clients wait, in
- * milliseconds. A runtime that is always busy asks only every 61 turns which sockets are
- * ready (tokio's event interval): a line waited 80 ms for that. */
+ * milliseconds. A busy runtime asks only every 61 turns which sockets are ready
+ * (tokio's event interval): a line waited 80 ms for that. */
 const PAUSE_MILLISECONDS = 8;
 
 /** With more than so many writes ending in a millisecond, readers wait for this machine.
@@ -1593,8 +1593,8 @@ class Room {
     this.#flushSoon();
   }
 
-  /** Tells those who want to know who joined or left. A notice about one person alone is
-   * hidden from that person and from those who ignore them. */
+  /** Tells those who want to know who joined or left. A notice about one person alone
+   * is hidden from that person and from those who ignore them. */
   noticeChanges(changes: Changes): void {
     const [person, another] = changes.keys(), { quiet, quietOnClients } = this;
     const hasRemote = changes.keys().some((it) => it instanceof RemotePerson);
@@ -1663,8 +1663,8 @@ class Room {
     return person instanceof RemotePerson ? NO_LINKS : this.links;
   }
 
-  /** Flushes at the end of the turn; at once if one person alone is talking, which takes
-   * a tenth less time between two people. */
+  /** Flushes at the end of the turn; at once if one person alone is talking, which
+   * takes a tenth less time between two people. */
   #flushSoon(sender?: Person): void {
     const alone = sender !== undefined && sender === this.#lastSender;
     this.#lastSender = sender;
