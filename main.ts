@@ -1354,7 +1354,9 @@ class People extends Map<string, Person> {
   /** The names of this server on its links, by {@linkcode nameKey}. */
   readonly ownNames = new Set<string>();
   #guests = 0;
-  /** What `/who` answers, until that changes: shared by those who ask. */
+  /** How the first ones are listed, and what `/who` answers; until that changes. A
+   * crowd that joins would have both made for each. */
+  #first = "";
   #everyone: Uint8Array | null = null;
 
   /** The person of that name, written `bob`, `bob,` or `@bob`; on the server that is
@@ -1394,7 +1396,8 @@ class People extends Map<string, Person> {
   add(person: Person, name: string): void {
     person.name = name;
     this.set(nameKey(name), person);
-    this.changed();
+    this.#everyone = null;
+    if (this.size <= LISTED_NAMES) this.#first = "";
   }
 
   /** Tells whether `person` was here: not if no name was given yet. */
@@ -1408,15 +1411,16 @@ class People extends Map<string, Person> {
   /** Somebody has left or changed. */
   changed(): void {
     this.#everyone = null;
+    this.#first = "";
   }
 
   /** The first of those who are here, in one line for a new client. */
   get hereNow(): string {
     if (this.size === 0) return "* Nobody else is here yet.\n";
-    const first = this.values().take(LISTED_NAMES).map(label).toArray();
+    this.#first ||= [...this.values().take(LISTED_NAMES).map(label)].join(", ");
     const others = this.size - LISTED_NAMES;
     const more = others > 0 ? `, and ${others} more` : "";
-    return `* Here now: ${first.join(", ")}${more} (${this.size})\n`;
+    return `* Here now: ${this.#first}${more} (${this.size})\n`;
   }
 
   /** Everyone who is here, in lines of {@linkcode LINE_BYTES} at most; those of
