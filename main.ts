@@ -1124,7 +1124,7 @@ class JoinLeaveNotices {
       this.#tokens--;
       return this.#tell();
     }
-    person.isUnknown = reason === null;
+    person.isUnknown = this.#changes.get(person) === null;
     // Among more than a thousand people less often: a thousand deliveries a second.
     const milliseconds = Math.max(1_000, room.people.size);
     this.#timer ??= setTimeout(() => {

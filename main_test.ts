@@ -2053,6 +2053,22 @@ Deno.test("a person who returns after an outage is still ignored, and answered b
   assertEquals(await alice.next(), "* You ignore nobody.");
 });
 
+Deno.test("the new name of a person who left and returned within a second is told", async () => {
+  await using server = open();
+  const link = attachLink(server), announce = true;
+  await using alice = await Guest.join(server.port, "alice");
+  // So many that what comes next is gathered.
+  for (let i = 0; i < 20; i++) link.add(`bob${i}@paris`, { announce });
+  assert(link.add("zoe@paris"));
+  link.remove("zoe@paris", { announce, mayReturn: true });
+  link.add("zoe@paris", { announce });
+  assert(link.rename("zoe@paris", "eve@paris"));
+  assertMatch(
+    await alice.find(/now known/),
+    /^\* zoe@paris is now known as eve/,
+  );
+});
+
 Deno.test("the operator sees people of other servers who join and leave, and lists them", async () => {
   const printed: string[] = [];
   await using server = open({}, printed);
