@@ -1871,16 +1871,18 @@ class Debt {
 /** How fast a client may send. What an address sends over several connections, one
  * after the other, counts together. */
 class Pace extends Debt {
-  /** How many lines it may send at once. */
-  readonly #most: number;
   /** When the client is next told that its lines wait; if they do. */
   #nextNotice = Infinity;
 
   /** @param rate lines a second; 0 is no limit */
   constructor(readonly rate: number, readonly record: AddressRecord) {
     super();
-    this.#most = rate * BURST_SECONDS;
     this.lines = Math.min(this.#most, record.countFor(rate));
+  }
+
+  /** How many lines it may send at once. */
+  get #most(): number {
+    return this.rate * BURST_SECONDS;
   }
 
   /** How many lines it may send now. */
