@@ -22,7 +22,7 @@
  *
  * The room is one append-only log of encoded lines, and every client is a cursor
  * into it. A message costs the same to append however many people are in the
- * room, a slow client delays nobody, and the log has one bound for all.
+ * room, a slow client does not delay the others, and the log has one bound for all.
  *
  * The parts, from top to bottom: options, text, room, client, commands, server,
  * link, access, TLS, output, console, command line, main.
@@ -57,7 +57,8 @@ export class Options {
   askName = false;
   /** Put the time of day, `12:34 `, before messages and printed lines. */
   timestamps = false;
-  /** How many of the last messages a new client is shown. */
+  /** How many of the last messages a new client is shown; with `askName`, if it is
+   * not set, none. */
   history = 20;
   /** The file whose lines a new client is shown after the welcome; or none. */
   motd = "";
@@ -143,9 +144,10 @@ const ESCAPE_BYTES = 32;
 const NUL = 0, BS = 8, TAB = 9, LF = 10, CR = 13, NAK = 21, ESC = 27;
 const SPACE = 32, SLASH = 47, TILDE = 126, DEL = 127;
 
-/** What {@linkcode LineSplitter} puts before each further piece of a long message,
- * which is no command, in place of a command or an answer that is too long, and in place
- * of the rest of a long line in which something is erased. None can be typed. */
+/** Marks that {@linkcode LineSplitter} puts at the start of a line; none can be typed.
+ * PIECE comes before each later piece of a long message. TOO_LONG stands for a command
+ * or an answer that is too long, or for an empty answer; ERASED for the rest of a long
+ * line in which something is erased. */
 const PIECE = 1, TOO_LONG = 2, ERASED = 3;
 
 type Timer = ReturnType<typeof setTimeout>;
@@ -247,7 +249,7 @@ const scrubbed = new Uint16Array(LINE_BYTES + 8);
 
 /** Removes control characters, and does what TAB asks for, and Backspace, DEL and
  * Ctrl-U of a client in raw mode, whose terminal edits nothing. One pass over all:
- * an expression for each takes 20 to 40 times as long as plain text. */
+ * with an expression for each kind, such a line takes 20 to 40 times as long. */
 function scrub(line: string, tabs: boolean): string {
   let text = tabs ? line : showStart(line), length = 0;
   let spare = LINE_BYTES - line.length; // negative for a long line of a file
@@ -481,7 +483,8 @@ class LineSplitter {
   /**
    * @param tabs whether a TAB stays
    * @param refuses whether a line that begins like this is refused if it is too
-   * long, rather than passed on in pieces
+   * long, as a command or an answer, rather than passed on in pieces; the empty text
+   * asks whether an empty line is an answer as well
    */
   constructor(
     readonly tabs: boolean,
@@ -656,7 +659,7 @@ const COPIED_BYTES = 16_384;
 const APPENDED_LINES = 256, APPENDED_BYTES = 8_192;
 
 /** The bounds on what waits for one reader outside the log: detours, and bytes
- * inserted by them. A reader beyond either is too slow. */
+ * inserted by them. A reader that is beyond either when another comes is too slow. */
 const MOST_DETOURS = 4_096, MOST_INSERTED_BYTES = 65_536;
 
 /** In a room of up to this many readers a flush starts at a random one, so that none
@@ -791,13 +794,14 @@ class Reader {
     return this.#segment !== null && this.#cursor < place;
   }
 
-  /** Whether more than this part of what may wait for this reader alone does. */
+  /** Whether more than this part of {@linkcode MOST_INSERTED_BYTES} or
+   * {@linkcode MOST_DETOURS} waits for this reader alone. */
   hasWaiting(part: number): boolean {
     return this.#waiting > MOST_INSERTED_BYTES * part ||
       this.#detours.length > MOST_DETOURS * part;
   }
 
-  /** Whether its client is not read: answers to what it sends wait as well. */
+  /** Whether so much waits that its client is not read, or answers would be added. */
   get isBacklogged(): boolean {
     return this.hasWaiting(1 / 4);
   }
@@ -941,7 +945,8 @@ abstract class Person {
   name = "";
   /** Why this person is away; `null` if they are not. */
   away: string | null = null;
-  /** Whether this person has joined and said nothing, and the others are told later. */
+  /** Whether the others have neither been told yet that this person has joined, nor
+   * heard anything: then they are not told of a new name either. */
   isUnknown = false;
   /** Those whose messages this person does not receive. */
   ignored: Set<Person> | null = null;
@@ -1188,7 +1193,7 @@ const CLIENT_TURN_BYTES = 16_384, LINE_COST = 64;
 /** How often a turn ends with a pause of a millisecond while clients wait, in
  * milliseconds. A busy runtime asks only every 61 turns which sockets are ready
  * (tokio's event interval): a line waited 80 ms for that. */
-const PAUSE_MILLISECONDS = 8;
+const PAUSE_INTERVAL_MILLISECONDS = 8;
 
 /** With more than so many writes ending in a millisecond, readers wait for this machine.
  * With fewer, in so many turns, they are behind because they do not read. */
@@ -1201,7 +1206,8 @@ const MOST_HELD_MILLISECONDS = 1_000;
 /**
  * Who is served when. A turn of the event loop handles a bounded amount of input,
  * a bounded part of it from each client, and then lets reads and writes happen.
- * Clients that have to wait form a queue. While readers fall behind because this
+ * Clients that have to wait form a queue. A turn is long while there is little to do: it
+ * ends when {@linkcode Turns.endSoon} was called. While readers fall behind because this
  * machine cannot write more, nothing is handled: a reader that takes what it is offered
  * is not lost, however much others send.
  */
@@ -1222,10 +1228,11 @@ class Turns {
   /** How many writes have ended in this turn, and when it began. */
   writesEnded = 0;
   #began = 0;
-  /** How many turns had few writes, whether input is held back, and when it was not. */
+  /** How many turns had few writes, whether input is held back, and when it last was
+   * not. */
   #idleTurns = 0;
   #isHeld = false;
-  #lastInput = 0;
+  #lastNotHeld = 0;
 
   constructor(readonly room: Room) {}
 
@@ -1258,7 +1265,7 @@ class Turns {
     return client.turn === this.number && client.used >= CLIENT_TURN_BYTES;
   }
 
-  /** Counts what came in from `client`, in bytes. */
+  /** Counts work for `client`, in bytes: what is read, and again what is said. */
   count(client: Client, bytes: number): void {
     if (client.turn !== this.number) client.used = 0;
     client.turn = this.number;
@@ -1286,7 +1293,8 @@ class Turns {
     // people who talk as fast as they receive, a thousand readers get twice as many
     // lines. Only a timer lets the runtime do nothing but read and write for a while.
     const now = performance.now(), sincePause = now - this.#lastPause;
-    const isPauseDue = this.#isCrowded && sincePause > PAUSE_MILLISECONDS;
+    const isPauseDue = this.#isCrowded &&
+      sincePause > PAUSE_INTERVAL_MILLISECONDS;
     if (!isPauseDue && !this.#isHeld) return void setImmediate(this.#end);
     this.#lastPause = now;
     this.#isCrowded = false;
@@ -1322,17 +1330,18 @@ class Turns {
     return ended;
   }
 
-  /** Holds input back in this turn if readers are behind, and wait for this machine. */
+  /** Holds input back in this turn if readers are behind, and wait for this machine;
+   * after {@linkcode MOST_HELD_MILLISECONDS} there is a turn with input. */
   #holdInput(now: number): void {
     const milliseconds = Math.max(1, now - this.#began);
     const isBusy = this.writesEnded > BUSY_WRITES * milliseconds;
     this.#idleTurns = isBusy ? 0 : this.#idleTurns + 1;
     this.writesEnded = 0;
     this.#began = now;
-    const isLong = now - this.#lastInput > MOST_HELD_MILLISECONDS;
+    const isLong = now - this.#lastNotHeld > MOST_HELD_MILLISECONDS;
     this.#isHeld = this.#idleTurns < IDLE_TURNS && !isLong &&
       this.room.areManyBehind();
-    if (!this.#isHeld) this.#lastInput = now;
+    if (!this.#isHeld) this.#lastNotHeld = now;
   }
 
   /** Whether no more input is handled in this turn. */
@@ -1452,9 +1461,10 @@ class Room {
   readonly readers = new Set<Reader>();
   readonly people = new People();
   readonly access: Access;
-  /** Those who receive no notices of joining, leaving and new names, or none that is
-   * only of clients of this server. */
+  /** Those who receive no notices of joining, leaving and new names. */
   readonly quiet = new Set<Person>();
+  /** Those who receive no notices of clients of this server that join and leave: the
+   * operator, if the reports tell of them. */
   readonly quietOnClients = new Set<Person>();
   /** Those whose terminals ring when they are named. */
   readonly bell = new Set<Person>();
@@ -1575,7 +1585,8 @@ class Room {
       const person = this.people.get(word) ??
         (word.includes("@") ? this.people.find(word) : undefined);
       if (!person || person === from || !this.bell.has(person)) continue;
-      if (!person.ignored?.has(from)) person.tell("\x07");
+      const isFull = person.reader?.hasWaiting(1 / 2);
+      if (!isFull && !person.ignored?.has(from)) person.tell("\x07");
     }
   }
 
@@ -1636,7 +1647,7 @@ class Room {
   }
 
   /** The time of day before a line, `12:34 `, if it is wanted; made once a minute, as
-   * it takes a microsecond. */
+   * it takes a microsecond. The first of a day puts the date before earlier lines. */
   stamp(): string {
     if (!this.options.timestamps) return "";
     const now = Date.now(), minute = Math.floor(now / 60_000);
@@ -1667,8 +1678,8 @@ class Room {
     return person instanceof RemotePerson ? NO_LINKS : this.links;
   }
 
-  /** Flushes at the end of the turn; at once if one person alone is talking, which
-   * takes a tenth less time between two people. */
+  /** Flushes at the end of the turn; at once if the line before was of the same person,
+   * so that between two people it takes a tenth less time. */
   #flushSoon(sender?: Person): void {
     const alone = sender !== undefined && sender === this.#lastSender;
     this.#lastSender = sender;
@@ -1688,7 +1699,8 @@ class Room {
     return false;
   }
 
-  /** Starts a write for each reader that is not writing. */
+  /** Ends readers that are behind the window, and starts a write for each that is not
+   * writing. */
   flush(): void {
     if (!this.#flushNeeded) return;
     this.#flushNeeded = false;
@@ -1757,7 +1769,7 @@ function tryClose(connection: { close(): void }): void {
 const SMALLEST_READ_BYTES = 256, LARGEST_READ_BYTES = 65_536;
 
 /** The largest buffer of a client that is paced, as what was read waits in memory,
- * and of a client whose last read was small. */
+ * and of a client whose last read did not fill its buffer. */
 const PACED_READ_BYTES = 8_192, RESTING_READ_BYTES = 2_048;
 
 /** What a client has sent: the lines that were not said yet. */
@@ -2047,7 +2059,6 @@ class Client extends Person implements Sink {
       const history = room.history();
       reader.insert(encoder.encode(welcome(room, name, history.length > 0)));
       for (const part of history) reader.insert(part, 0);
-      if (this.left) return; // too slow for so much
       room.enter(this, name);
       reader.flush();
     }
@@ -2144,6 +2155,7 @@ class Client extends Person implements Sink {
    * {@linkcode DRAIN_MILLISECONDS} at most. */
   leave(reason: string): void {
     if (this.left) {
+      // At shutdown the end of its input is not waited for.
       if (this.room.closed && this.#outputEnded) this.#close();
       return;
     }
@@ -2155,7 +2167,7 @@ class Client extends Person implements Sink {
     room.report(what, this, reason);
     this.#stopSleeping();
     this.reader.end();
-    if (this.#closed) return; // without a timer, which takes 1.3 KB
+    if (this.#closed) return; // nothing waited; a timer takes 1.3 KB
     this.setDeadline(DRAIN_MILLISECONDS, () => this.#close());
   }
 
@@ -2369,8 +2381,8 @@ const MOST_IGNORED = 1_000;
 /** The longest reason for leaving or being away, in UTF-16 units. */
 const REASON_UNITS = 200;
 
-/** How the reasons that the server itself gives begin, without what is between
- * their letters. A typed reason that begins like one is quoted. */
+/** How all reasons begin that the server itself gives to {@linkcode Client.leave},
+ * without what is between their letters. A typed reason that begins like one is quoted. */
 const SERVER_REASON =
   /^(tooslow|kicked|banned|tls|awebrequest|anssh|no(name|password|tls))/i;
 
@@ -2406,7 +2418,7 @@ class Commands<Actor extends Person> {
   readonly #suggested: string[];
   #overview: Uint8Array | null = null;
 
-  /** @param unsafe a command that is not */
+  /** @param unsafe a command that is never suggested for another */
   constructor(readonly list: Command<Actor>[], unsafe = "") {
     for (const command of list) {
       for (const name of command[0].split(" ")) this.#byName.set(name, command);
@@ -2576,8 +2588,8 @@ function tellWho(client: Client, text: string): void {
   if (!text) {
     const { everyone } = client.room.people;
     client.pace.charge(everyone.length / LINE_BYTES);
-    // How long this is does not depend on the client: it gets no other answer
-    // before it has taken this one, but is not too slow for it.
+    // How long this is does not depend on the client. A long one counts as just so
+    // much that no other answer follows before it is taken (isBacklogged).
     const cost = Math.min(everyone.length, MOST_INSERTED_BYTES / 4 + 1);
     client.reader.insert(everyone, cost);
     return client.reader.flush();
@@ -2817,7 +2829,7 @@ export class ChatServer implements AsyncDisposable {
    * ```
    */
   stop(): Promise<void> {
-    // Later, as what it does can let promises run that call this again.
+    // Later, as those who are told of it may call this again.
     return this.#stopped ??= Promise.resolve().then(() => this.#stop());
   }
 
@@ -2825,7 +2837,8 @@ export class ChatServer implements AsyncDisposable {
    * Lets an operator speak as `host`, receive what everyone receives, and use the
    * commands that `/help` lists, such as `/kick` and `/ban`.
    *
-   * @param lines what the operator types; its end leaves the room running
+   * @param lines what the operator types; after its end the room goes on, and is
+   * still printed
    * @param print where lines for the operator go
    * @returns a promise that resolves at the end of `lines`
    *
@@ -2903,7 +2916,7 @@ export class ChatServer implements AsyncDisposable {
     this.#print("Shutdown Server ......");
     this.#stopping.abort();
     for (const { sink } of this.#prints ? this.#room.readers : []) {
-      if (sink instanceof Operator) sink.leave(); // who was told by that line
+      if (sink instanceof Operator) sink.leave(); // who was told by the report
     }
     this.#room.close();
     this.#listener.close();
@@ -3836,6 +3849,7 @@ class Operator extends Person implements Sink {
     return Promise.resolve(bytes.length);
   }
 
+  /** The console is never too slow: it goes on behind what it has missed. */
   fail(reason: string): void {
     if (reason === TOO_SLOW) this.reader.follow();
   }

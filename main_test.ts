@@ -524,6 +524,29 @@ Deno.test("/away is shown by /who and to senders of private messages, until /bac
   assertEquals(await alice.next(), "* Here now: alice, bob, guest3 (3)");
 });
 
+Deno.test("nobody can make others too slow by naming them or by private messages", async () => {
+  await using server = open({ rate: 0 });
+  const typed = [new TextEncoder().encode("/bell on\n")];
+  admit(server, {
+    read(buffer) {
+      const bytes = typed.shift();
+      if (bytes === undefined) return never();
+      buffer.set(bytes);
+      return Promise.resolve(bytes.length);
+    },
+    write: never, // it takes nothing
+  });
+  await using alice = await Guest.join(server.port, "alice");
+  // A line that begins with a space is said alone.
+  for (const line of [" guest1, are you there?", "/msg guest1 hello"]) {
+    await alice.say(...Array(5_000).fill(line), "/who");
+    assertEquals(
+      await alice.find(/^\* Here now: /),
+      "* Here now: guest1, alice (2)",
+    );
+  }
+});
+
 Deno.test("/bell rings when somebody is named or gets a private message", async () => {
   await using server = open({ rate: 0 });
   await using alice = await Guest.join(server.port, "alice");
