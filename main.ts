@@ -34,9 +34,6 @@ import { parseArgs } from "@std/cli/parse-args";
 import { closestString } from "@std/text/closest-string";
 import { levenshteinDistance } from "@std/text/levenshtein-distance";
 import config from "./deno.json" with { type: "json" };
-import type { Attachment, LinkEvents } from "./link/attachment.ts";
-
-export type { Attachment, LinkEvents };
 
 // ---------------------------------------------------------------------------
 // Options: what can be set, from the command line and by an embedding program.
@@ -1001,7 +998,7 @@ abstract class Person {
   }
 }
 
-/** About how many bytes of history are kept at most. */
+/** The most bytes of history that are kept, however many lines are asked for. */
 const HISTORY_BYTES = 1_048_576;
 
 /** The last public lines, for new clients: blocks of bytes that are written once,
@@ -1009,6 +1006,7 @@ const HISTORY_BYTES = 1_048_576;
 class History {
   #blocks: { bytes: Uint8Array; used: number; lines: number }[] = [];
   #lines = 0;
+  #bytes = 0;
 
   /** @param most how many lines it keeps */
   constructor(readonly most: number) {}
@@ -1027,10 +1025,15 @@ class History {
     block.used += bytes.length;
     block.lines += lines;
     this.#lines += lines;
+    this.#bytes += bytes.length;
     while (
       this.#lines - this.#blocks[0].lines >= this.most ||
-      this.#blocks.length > HISTORY_BYTES / COPIED_BYTES
-    ) this.#lines -= this.#blocks.shift()!.lines;
+      this.#bytes > HISTORY_BYTES
+    ) {
+      const oldest = this.#blocks.shift()!;
+      this.#lines -= oldest.lines;
+      this.#bytes -= oldest.used;
+    }
   }
 
   /** The lines, in pieces that are shared. */
@@ -1048,7 +1051,7 @@ class History {
   addDate(date: string): void {
     const text = decoder.decode(concat(this.parts));
     this.#blocks = [];
-    this.#lines = 0;
+    this.#lines = this.#bytes = 0;
     for (const line of text.match(/.+\n/g) ?? []) {
       this.add(encoder.encode(line.replace(/^\d\d:/, `${date} $&`)));
     }
@@ -1106,7 +1109,8 @@ const NOTICE_BURST = 10;
 type Changes = Map<Person, string | null>;
 
 /** Join and leave notices: one for each person while few come, then one line a
- * second for all. A person who joins and leaves within that second is in none. */
+ * second for all. A person who joins and leaves, or leaves and returns, within that
+ * second is in none. */
 class JoinLeaveNotices {
   /** What the next line tells. */
   #changes: Changes = new Map();
@@ -1124,7 +1128,11 @@ class JoinLeaveNotices {
     const earned = (now - this.#counted) / 1_000;
     this.#tokens = Math.min(this.#tokens + earned, NOTICE_BURST);
     this.#counted = now;
-    if (!this.#changes.delete(person)) this.#changes.set(person, reason);
+    const before = this.#changes.get(person);
+    const isUndone = before !== undefined &&
+      (before === null) !== (reason === null);
+    if (isUndone) this.#changes.delete(person);
+    else this.#changes.set(person, reason);
     if (this.#timer === undefined && this.#tokens >= 1) {
       this.#tokens--;
       return this.#tell();
@@ -1139,10 +1147,10 @@ class JoinLeaveNotices {
     }, milliseconds);
   }
 
-  /** Tells nothing of `person`. */
+  /** Tells nothing of `person`, unless it has left before. */
   forget(person: Person): void {
     person.isUnknown = false;
-    this.#changes.delete(person);
+    if (this.#changes.get(person) === null) this.#changes.delete(person);
   }
 
   stop(): void {
@@ -1561,9 +1569,9 @@ class Room {
   /** Appends public lines of `from`, no more than {@linkcode APPENDED_LINES}. Everyone
    * receives them but `from`, and those who ignore `from`. */
   say(from: Person, lines: Uint8Array, { action = false } = {}): void {
-    const start = this.tail.end, time = this.stamp();
     if (this.bell.size > 0) this.#ring(from, decoder.decode(lines));
     from.isUnknown = false;
+    const start = this.tail.end, time = this.stamp();
     const { raw } = this.options;
     const mark = action ? `** ${from.name} ` : raw ? "" : `[${from.name}] `;
     this.#append(time + mark, lines, from);
@@ -1772,11 +1780,17 @@ const SMALLEST_READ_BYTES = 256, LARGEST_READ_BYTES = 65_536;
  * and of a client whose last read did not fill its buffer. */
 const PACED_READ_BYTES = 8_192, RESTING_READ_BYTES = 2_048;
 
+/** An array of so many bytes. Small ones share an allocation, which saves each client
+ * 0.6 KB. */
+function allocate(size: number): Uint8Array {
+  const { buffer, byteOffset } = Buffer.allocUnsafe(size);
+  return new Uint8Array(buffer, byteOffset, size);
+}
+
 /** What a client has sent: the lines that were not said yet. */
 class Input {
-  /** What is read next goes here. A Buffer, as several small ones share an allocation,
-   * which saves each client 0.6 KB. */
-  buffer: Uint8Array = Buffer.allocUnsafe(SMALLEST_READ_BYTES);
+  /** What is read next goes here. */
+  buffer = allocate(SMALLEST_READ_BYTES);
   /** The question that the next line answers. */
   question: "" | "password" | "name" = "";
   /** What the last one was answered with. */
@@ -1800,8 +1814,7 @@ class Input {
    * all said. Returns what made them. */
   split(count: number): LineSplitter {
     const splitter = this.#splitter ??= this.#newSplitter();
-    const { buffer, byteOffset } = this.buffer;
-    this.lines = splitter.push(new Uint8Array(buffer, byteOffset, count));
+    this.lines = splitter.push(this.buffer.subarray(0, count));
     this.#sizeBuffer(count);
     return splitter;
   }
@@ -1853,7 +1866,7 @@ class Input {
     let size = Math.min(length, RESTING_READ_BYTES);
     if (count === length) size = Math.min(length * 8, most);
     else if (count <= SMALLEST_READ_BYTES) size = SMALLEST_READ_BYTES;
-    if (size !== length) this.buffer = Buffer.allocUnsafe(size);
+    if (size !== length) this.buffer = allocate(size);
   }
 }
 
@@ -3070,6 +3083,67 @@ function guarded<Args extends unknown[], Result>(
 // Link: people and lines from other servers. What carries them is an add-on.
 // ---------------------------------------------------------------------------
 
+/** What a chat server tells a link about its own people and lines. Names are local
+ * ones, without `@`. */
+export interface LinkEvents {
+  /** A person sent lines to everyone: whole lines with their ends (LF), cleaned,
+   * without the name. With `action` it is the text of one `/me`. In a raw room
+   * `name` is empty. */
+  said(name: string, lines: Uint8Array, action: boolean): void;
+  /** A person has joined. */
+  joined(name: string): void;
+  /** A person has left; `reason` may be empty. */
+  left(name: string, reason: string): void;
+  /** A person has changed their name. */
+  renamed(from: string, to: string): void;
+  /** A person is away, or back (`null`). */
+  away(name: string, reason: string | null): void;
+  /** A local person sent a private message to a person added by the link, such as
+   * `bob@paris`. */
+  toldPrivately(from: string, to: string, text: string): void;
+  /** The chat server stops. It waits for the promise, but at most a second. */
+  stopping(): Promise<void>;
+}
+
+/** How a link adds people and lines of other servers to the room. The names of
+ * these people have one `@`, such as `alice@tokyo`. */
+export interface Attachment {
+  /** The local people, and why they are away; `null` if they are not. */
+  people(): { name: string; away: string | null }[];
+  /** Adds a person; with `announce` the room is told. `false` if the name is
+   * invalid or taken. */
+  add(
+    name: string,
+    options?: { announce?: boolean; away?: string | null },
+  ): boolean;
+  /** Removes a person; with `announce` the room is told, with the reason. With
+   * `mayReturn` it is remembered who ignores the person and who answers it by `/reply`,
+   * until the person is added again or removed without it. */
+  remove(
+    name: string,
+    options?: { reason?: string; announce?: boolean; mayReturn?: boolean },
+  ): void;
+  /** Renames a person, and tells the room. `false` if the new name is invalid or
+   * taken. */
+  rename(from: string, to: string): boolean;
+  /** Sets why a person is away; `null` if the person is back. */
+  setAway(name: string, reason: string | null): void;
+  /** Sends lines of a person to everyone. They are whole lines with their ends
+   * (LF), and are cleaned and limited like those of a client. In a raw room any name
+   * does. */
+  say(name: string, lines: Uint8Array, options?: { action?: boolean }): void;
+  /** Sends a private message to a local person. `false` if there is no such
+   * person. */
+  tell(from: string, to: string, text: string): boolean;
+  /** Answers one local person, in a line that begins with `! `. */
+  answer(to: string, text: string): void;
+  /** Sends a line of the link to everyone. It begins with `* `. */
+  notice(text: string): void;
+  /** Ends the link, which is told nothing more: the people that it has added leave the
+   * room without a notice. */
+  detach(): void;
+}
+
 /** A person who is connected to another server. */
 class RemotePerson extends Person {
   readonly reader = null;
@@ -3720,11 +3794,13 @@ function openLog(path: string): Deno.FsFile {
     return Deno.openSync(path, options);
   } catch (error) {
     const folder = path.replace(/[^/\\]*$/, "") || ".";
+    const lacksFolder = error instanceof Deno.errors.NotFound &&
+      !exists(folder); // which Deno may ask the user for
     const flags = `--allow-read=${path} --allow-write=${path}`;
     throw openError(`Cannot open ${path}`, error, flags, {
-      NotFound: exists(folder)
-        ? reason(error)
-        : `the folder ${folder} does not exist (create it first)`,
+      NotFound: lacksFolder
+        ? `the folder ${folder} does not exist (create it first)`
+        : reason(error),
     });
   }
 }

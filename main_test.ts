@@ -937,6 +937,22 @@ Deno.test("a history of many long lines is bounded in bytes too", async () => {
   assert(count > 0.75 * fit && count < 1.03 * fit, `${count} lines`);
 });
 
+Deno.test("the history has as many lines as are asked for, however long they are", async () => {
+  const lines = Array.from(
+    { length: 400 },
+    (_, i) => `${i} `.padEnd(4_000, "x"),
+  );
+  await using server = open({ history: 200, rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await alice.say(...lines);
+  await alice.settle();
+  await using bob = await Guest.join(server.port);
+  assertEquals(await bob.next(), "* Earlier:");
+  for (const line of lines.slice(-200)) {
+    assertEquals(await bob.next(), `[alice] ${line}`);
+  }
+});
+
 Deno.test("--timestamps puts the time of day before each message", async () => {
   await using server = open({ timestamps: true, history: 1 });
   await using alice = await Guest.join(server.port, "alice");
@@ -2074,6 +2090,25 @@ Deno.test("a person who returns after an outage is still ignored, and answered b
   assertEquals(await alice.next(), "[bob@paris] hello");
   await alice.say("/ignore");
   assertEquals(await alice.next(), "* You ignore nobody.");
+});
+
+Deno.test("a person who leaves is missed, even if they returned silently before", async () => {
+  await using server = open();
+  const link = attachLink(server), announce = true;
+  await using alice = await Guest.join(server.port, "alice");
+  // So many that what comes next is gathered.
+  for (let i = 0; i < 20; i++) link.add(`bob${i}@paris`, { announce });
+  for (const name of ["zoe@paris", "amy@paris"]) {
+    link.add(name);
+    link.remove(name, { announce, mayReturn: true });
+    link.add(name);
+  }
+  link.remove("zoe@paris", { announce });
+  link.detach();
+  assertEquals(
+    await alice.find(/people have/),
+    "* 2 people have left the room", // and those who had just joined, in silence
+  );
 });
 
 Deno.test("the new name of a person who left and returned within a second is told", async () => {

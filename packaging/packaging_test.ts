@@ -57,6 +57,19 @@ Deno.test("what is published is what main.ts imports, and what a user reads", as
   assertEquals(published.filter((file) => FOR_TESTS.test(file)), []);
 });
 
+Deno.test("main.ts and deno.json alone have all their types", async () => {
+  const folder = Deno.makeTempDirSync();
+  for (const file of ["main.ts", "deno.json", "deno.lock"]) {
+    Deno.copyFileSync(`${ROOT}${file}`, `${folder}/${file}`);
+  }
+  const { code, errors } = await program(
+    Deno.execPath(),
+    ...["check", "--config", `${folder}/deno.json`, `${folder}/main.ts`],
+  );
+  Deno.removeSync(folder, { recursive: true });
+  assertEquals(code, 0, errors);
+});
+
 Deno.test("the changelog begins with the version in deno.json", () => {
   const changelog = Deno.readTextFileSync(`${ROOT}CHANGELOG.md`);
   const [, latest] = /^## (\S+)/m.exec(changelog)!;
