@@ -902,19 +902,17 @@ class Reader {
     if (detours.length === 0) return this.#stretch(Infinity);
     const parts: Uint8Array[] = [];
     let length = 0, passed = 0;
-    const add = (bytes: Uint8Array | null) => {
-      if (!bytes?.length) return;
-      parts.push(bytes);
-      length += bytes.length;
-    };
     while (length < COPIED_BYTES) {
       const detour = detours[passed] as Detour | undefined;
       const most = length > 0 ? COPIED_BYTES - length : Infinity;
-      add(this.#stretch(detour?.at ?? Infinity, most));
+      const bytes = this.#stretch(detour?.at ?? Infinity, most);
+      if (bytes !== null) parts.push(bytes);
+      length += bytes?.length ?? 0;
       if (detour === undefined || this.#cursor < detour.at) break;
       passed++;
       this.#cursor = Math.max(this.#cursor, detour.skipTo);
-      add(detour.inserted);
+      if (detour.inserted.length > 0) parts.push(detour.inserted);
+      length += detour.inserted.length;
       this.#waiting -= detour.cost;
     }
     if (passed === detours.length) this.#detours = NO_DETOURS;
@@ -3383,7 +3381,8 @@ class Access {
     if (allow.length > 0 && !isIn(this.#allowed, address)) {
       return "not in --allow";
     }
-    if (isIn([...this.bans.keys()], address)) return "banned";
+    const { bans } = this;
+    if (bans.size > 0 && isIn([...bans.keys()], address)) return "banned";
     if (this.clients >= maxClients) return "the room is full";
     const record = this.record(address);
     if (maxPerAddress > 0 && record.clients >= maxPerAddress) {
