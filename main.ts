@@ -81,6 +81,11 @@ export class Options {
 
 const DEFAULTS = new Options();
 
+/** Whether a room has commands, and words of its own for those who type them. */
+function hasCommands({ raw, askName }: Options): boolean {
+  return !raw && !askName;
+}
+
 /** What the command line asks for, as {@linkcode parseOptions} reads it. */
 export interface CommandLine {
   /** The options that were given; what was not given is absent. */
@@ -659,6 +664,10 @@ const APPENDED_LINES = 256, APPENDED_BYTES = 8_192;
  * inserted by them. A reader that is beyond either when another comes is too slow. */
 const MOST_DETOURS = 4_096, MOST_INSERTED_BYTES = 65_536;
 
+/** The part of these beyond which a client is not read, as answers would be added; and
+ * the part beyond which others add nothing, so that they make nobody too slow. */
+const BACKLOG_PART = 1 / 4, FULL_PART = 1 / 2;
+
 /** In a room of up to this many readers a flush starts at a random one, so that none
  * is always the last: with ten people who talk as fast as they receive, a hundred
  * readers get a fifth more. A thousand get 1.6 times as much if the order stays: the
@@ -791,16 +800,19 @@ class Reader {
     return this.#segment !== null && this.#cursor < place;
   }
 
-  /** Whether more than this part of {@linkcode MOST_INSERTED_BYTES} or
-   * {@linkcode MOST_DETOURS} waits for this reader alone. */
-  hasWaiting(part: number): boolean {
-    return this.#waiting > MOST_INSERTED_BYTES * part ||
-      this.#detours.length > MOST_DETOURS * part;
+  /** Whether so much waits for this reader alone that its client is not read. */
+  get isBacklogged(): boolean {
+    return this.#hasWaiting(BACKLOG_PART);
   }
 
-  /** Whether so much waits that its client is not read, or answers would be added. */
-  get isBacklogged(): boolean {
-    return this.hasWaiting(1 / 4);
+  /** Whether so much waits that it gets no private messages and no bell. */
+  get isFull(): boolean {
+    return this.#hasWaiting(FULL_PART);
+  }
+
+  #hasWaiting(part: number): boolean {
+    return this.#waiting > MOST_INSERTED_BYTES * part ||
+      this.#detours.length > MOST_DETOURS * part;
   }
 
   /** Follows the log from its present end on. */
@@ -972,11 +984,10 @@ abstract class Person {
     this.tell(`! ${text}\n`);
   }
 
-  /** Receives a private message; tells whether it could. Others must not be able
-   * to make anyone too slow. */
+  /** Receives a private message; tells whether it could. */
   receive(from: Person, text: string): boolean {
     if (this.ignored?.has(from)) return true;
-    if (this.reader?.hasWaiting(1 / 2)) return false;
+    if (this.reader?.isFull) return false;
     this.replyTo = from;
     const bell = this.room.bell.has(this) ? "\x07" : "";
     this.tell(`${bell}${this.room.stamp()}[${from.name} -> you] ${text}\n`);
@@ -1078,11 +1089,11 @@ interface Run {
  * looked at, or a run of others that can be appended at once.
  *
  * @param most how many lines
- * @param hasCommands whether a line that begins with a slash may be a command
+ * @param commands whether a line that begins with a slash may be a command
  */
-function nextRun(lines: Uint8Array, most: number, hasCommands: boolean): Run {
+function nextRun(lines: Uint8Array, most: number, commands: boolean): Run {
   const isCommand = (first: number) =>
-    hasCommands && (first === SLASH || first === SPACE);
+    commands && (first === SLASH || first === SPACE);
   const isAlone = (first: number) => first <= ERASED || isCommand(first);
   const first = lines[0], start = first === PIECE ? 1 : 0;
   const mostLines = isAlone(first) ? 1 : Math.min(most, APPENDED_LINES);
@@ -1591,8 +1602,8 @@ class Room {
       const person = this.people.get(word) ??
         (word.includes("@") ? this.people.find(word) : undefined);
       if (!person || person === from || !this.bell.has(person)) continue;
-      const isFull = person.reader?.hasWaiting(1 / 2);
-      if (!isFull && !person.ignored?.has(from)) person.tell("\x07");
+      if (person.reader?.isFull || person.ignored?.has(from)) continue;
+      person.tell("\x07");
     }
   }
 
@@ -1829,20 +1840,19 @@ class Input {
   }
 
   #newSplitter(): LineSplitter {
-    const { raw, askName } = this.options;
-    const hasCommands = !raw && !askName;
-    return new LineSplitter(raw, (start) => {
+    const { options } = this;
+    return new LineSplitter(options.raw, (start) => {
       if (this.question === "name") return true;
       // An empty password is no answer.
       if (this.question === "password" && start !== "") return true;
-      return hasCommands && beginsCommand(start);
+      return hasCommands(options) && beginsCommand(start);
     });
   }
 
   /** Takes the lines that can be handled together, as {@linkcode nextRun} finds
    * them. */
-  take(most: number, hasCommands: boolean): Run {
-    const run = nextRun(this.lines, most, hasCommands);
+  take(most: number): Run {
+    const run = nextRun(this.lines, most, hasCommands(this.options));
     this.lines = run.rest;
     return run;
   }
@@ -2130,9 +2140,9 @@ class Client extends Person implements Sink {
   /** Says the next lines that can be appended together, or takes the next other one.
    * Tells whether that is all for now. */
   #sayRun(): boolean {
-    const { room, pace } = this, { raw, askName } = room.options;
-    const input = this.#input, isAnswer = input.question !== "";
-    const run = input.take(isAnswer ? 1 : pace.allowed, !raw && !askName);
+    const { room, pace } = this, input = this.#input;
+    const isAnswer = input.question !== "";
+    const run = input.take(isAnswer ? 1 : pace.allowed);
     pace.charge(run.count);
     room.turns.count(this, run.lines.length + run.count * LINE_COST);
     if (!isAnswer) return COMMANDS.handle(this, run);
@@ -2157,8 +2167,7 @@ class Client extends Person implements Sink {
 
   /** Leaves with a last line, as many clients stay open after the end. */
   quit(reason: string): void {
-    const { raw, askName } = this.room.options;
-    if (!raw && !askName) this.tell(GOODBYE);
+    if (hasCommands(this.room.options)) this.tell(GOODBYE);
     this.leave(reason);
   }
 
@@ -2297,11 +2306,13 @@ function welcome(room: Room, name: string, hasHistory: boolean): string {
 
 /** Tells a person who pastes why others do not see all of it yet. */
 function tellOfWaiting(client: Client, input: Input): void {
-  const { rate, raw, askName } = client.room.options;
-  if (raw || askName || !client.pace.isNoticeTime()) return;
+  const { options } = client.room;
+  if (!hasCommands(options) || !client.pace.isNoticeTime()) return;
   const count = countLines(input.lines);
   const waiting = `${count} ${count === 1 ? "is" : "are"} waiting`;
-  client.tellError(`Your lines are sent at ${rate} a second; ${waiting}.`);
+  client.tellError(
+    `Your lines are sent at ${options.rate} a second; ${waiting}.`,
+  );
 }
 
 // -- clients of other protocols
@@ -2601,7 +2612,8 @@ function tellWho(client: Client, text: string): void {
     client.pace.charge(everyone.length / LINE_BYTES);
     // How long this is does not depend on the client. A long one counts as just so
     // much that no other answer follows before it is taken (isBacklogged).
-    const cost = Math.min(everyone.length, MOST_INSERTED_BYTES / 4 + 1);
+    const most = MOST_INSERTED_BYTES * BACKLOG_PART + 1;
+    const cost = Math.min(everyone.length, most);
     client.reader.insert(everyone, cost);
     return client.reader.flush();
   }
@@ -3051,9 +3063,9 @@ class ReportLimit {
 async function refuse(
   connection: Connection,
   answer: string,
-  { raw, askName }: Options,
+  options: Options,
 ): Promise<void> {
-  const goodbye = raw || askName ? "" : GOODBYE;
+  const goodbye = hasCommands(options) ? GOODBYE : "";
   const tell = async () => {
     await connection.handshake?.();
     await connection.write(encoder.encode(`! ${answer}\n${goodbye}`));
