@@ -782,9 +782,8 @@ class Reader {
   #detours: Detour[] = NO_DETOURS;
   /** What its detours cost, in bytes. */
   #waiting = 0;
-  /** What is being written, or is left of it. */
+  /** What is being written. */
   #batch: Uint8Array | null = null;
-  #isWriting = false;
   #stopped = false;
   #resolveWritten: (() => void) | null = null;
 
@@ -871,17 +870,19 @@ class Reader {
 
   /** Starts to write what it has not written, unless it is writing. */
   flush(): void {
-    if (this.#isWriting || this.#stopped) return;
-    this.#batch ??= this.#nextBatch();
-    if (this.#batch === null) {
-      if (this.#lastPlace === Infinity) return;
-      this.stop();
-      return this.sink.drained();
-    }
-    this.#isWriting = true;
+    if (this.#batch !== null || this.#stopped) return;
+    const batch = this.#nextBatch();
+    if (batch !== null) return this.#write(batch);
+    if (this.#lastPlace === Infinity) return;
+    this.stop();
+    this.sink.drained();
+  }
+
+  #write(batch: Uint8Array): void {
+    this.#batch = batch;
     try {
       // Not an async function: its promises cost a tenth of a delivery.
-      this.sink.write(this.#batch).then(
+      this.sink.write(batch).then(
         (count) => this.#written(count),
         () => this.#failed(),
       );
@@ -891,14 +892,13 @@ class Reader {
   }
 
   #written(count: number): void {
-    this.#isWriting = false;
+    const batch = this.#batch;
     this.#resolveWritten?.();
     this.room.turns.writesEnded++;
-    if (this.#batch === null) return; // stopped meanwhile
+    if (batch === null) return; // stopped meanwhile
     if (!(count > 0)) return this.#failed(); // or it would be tried endlessly
-    this.#batch = count < this.#batch.length
-      ? this.#batch.subarray(count)
-      : null;
+    if (count < batch.length) return this.#write(batch.subarray(count));
+    this.#batch = null;
     this.flush();
   }
 
@@ -1796,57 +1796,54 @@ function allocate(size: number): Uint8Array {
   return new Uint8Array(buffer, byteOffset, size);
 }
 
-/** What a client has sent: the lines that were not said yet. */
+/** What a client sends: how bytes become lines, the lines that were not said yet, and
+ * how fast they may be. */
 class Input {
-  /** What is read next goes here. */
-  buffer = allocate(SMALLEST_READ_BYTES);
   /** The question that the next line answers. */
   question: "" | "password" | "name" = "";
-  /** What the last one was answered with. */
-  answer = "";
+  /** What it was answered with, until that is taken. */
+  answer: string | null = null;
   /** Whether the first line was looked at. */
   firstLineSeen = false;
-  /** The lines that wait. They may lie in {@linkcode Input.buffer}. */
+  /** The lines that wait. They may lie in the client's buffer. */
   lines: Uint8Array = NO_BYTES;
-  /** Made with the first bytes: many clients only listen. */
-  #splitter: LineSplitter | null = null;
+  readonly pace: Pace;
+  readonly #splitter: LineSplitter;
   /** How many bytes of a TLS handshake came first; -1 if there were others. */
   #tlsBytes = 0;
 
-  constructor(readonly options: Options) {}
-
-  get hasLine(): boolean {
-    return this.lines.length > 0;
-  }
-
-  /** Makes lines of the first `count` bytes of the buffer, when the ones before were
-   * all said. Returns what made them. */
-  split(count: number): LineSplitter {
-    const splitter = this.#splitter ??= this.#newSplitter();
-    this.lines = splitter.push(this.buffer.subarray(0, count));
-    this.#sizeBuffer(count);
-    return splitter;
-  }
-
-  /** The client has ended: what it sent last may be a line. */
-  end(): void {
-    this.lines = this.#splitter?.end() ?? NO_BYTES;
-  }
-
-  /** Keeps nothing in memory. */
-  release(): void {
-    this.lines = this.buffer = NO_BYTES;
-    this.#splitter = null;
-  }
-
-  #newSplitter(): LineSplitter {
-    const { options } = this;
-    return new LineSplitter(options.raw, (start) => {
+  /** @param debt lines that its address sent beyond the rate before */
+  constructor(readonly options: Options, record: AddressRecord, debt: number) {
+    this.pace = new Pace(options.rate, record, debt);
+    this.#splitter = new LineSplitter(options.raw, (start) => {
       if (this.question === "name") return true;
       // An empty password is no answer.
       if (this.question === "password" && start !== "") return true;
       return hasCommands(options) && beginsCommand(start);
     });
+  }
+
+  get hasLine(): boolean {
+    return this.lines.length > 0;
+  }
+
+  /** Makes lines of what was read, when the ones before were all said. Returns what
+   * made them. */
+  split(bytes: Uint8Array): LineSplitter {
+    this.lines = this.#splitter.push(bytes);
+    return this.#splitter;
+  }
+
+  /** The client has ended: what it sent last may be a line. */
+  end(): void {
+    this.lines = this.#splitter.end();
+  }
+
+  /** The answer to the question: it may be the password, and is not kept. */
+  takeAnswer(): string | null {
+    const { answer } = this;
+    this.answer = null;
+    return answer;
   }
 
   /** Takes the lines that can be handled together, as {@linkcode nextRun} finds
@@ -1858,23 +1855,23 @@ class Input {
   }
 
   /** Whether the first bytes, which may come one by one, begin a TLS handshake. */
-  beginsTls(count: number): boolean {
-    for (let i = 0; i < count && this.#tlsBytes >= 0; i++) {
-      const isNext = this.buffer[i] === TLS_HANDSHAKE[this.#tlsBytes];
+  beginsTls(bytes: Uint8Array): boolean {
+    for (let i = 0; i < bytes.length && this.#tlsBytes >= 0; i++) {
+      const isNext = bytes[i] === TLS_HANDSHAKE[this.#tlsBytes];
       this.#tlsBytes = isNext ? this.#tlsBytes + 1 : -1;
       if (this.#tlsBytes === TLS_HANDSHAKE.length) return true;
     }
     return false;
   }
 
-  /** Chooses the size of the next read after one of `count` bytes. */
-  #sizeBuffer(count: number): void {
-    const { length } = this.buffer;
+  /** The buffer for the next read, after one of `count` bytes into `buffer`. */
+  nextBuffer(buffer: Uint8Array, count: number): Uint8Array {
+    const { length } = buffer;
     const most = this.options.rate > 0 ? PACED_READ_BYTES : LARGEST_READ_BYTES;
     let size = Math.min(length, RESTING_READ_BYTES);
     if (count === length) size = Math.min(length * 8, most);
     else if (count <= SMALLEST_READ_BYTES) size = SMALLEST_READ_BYTES;
-    if (size !== length) this.buffer = allocate(size);
+    return size === length ? buffer : allocate(size);
   }
 }
 
@@ -1907,10 +1904,15 @@ class Pace extends Debt {
   /** When the client is next told that its lines wait; if they do. */
   #nextNotice = Infinity;
 
-  /** @param rate lines a second; 0 is no limit */
-  constructor(readonly rate: number, readonly record: AddressRecord) {
+  /** @param rate lines a second; 0 is no limit
+   * @param debt lines beyond it */
+  constructor(
+    readonly rate: number,
+    readonly record: AddressRecord,
+    debt: number,
+  ) {
     super();
-    this.lines = Math.min(this.#most, record.countFor(rate));
+    this.lines = Math.min(this.#most, debt);
   }
 
   /** How many lines it may send at once. */
@@ -1979,6 +1981,7 @@ type Report = (what: string, client: Client, reason?: string) => void;
 /** A connection and the person behind it. */
 class Client extends Person implements Sink {
   readonly reader: Reader;
+  readonly record: AddressRecord;
   /** When it connected, and when it sent its last line, in milliseconds of
    * `performance.now`. */
   readonly connected = performance.now();
@@ -1996,8 +1999,10 @@ class Client extends Person implements Sink {
   #outputEnded = false;
   #closed = false;
 
-  readonly #input: Input;
-  readonly pace: Pace;
+  /** Where the next read goes. */
+  #buffer = allocate(SMALLEST_READ_BYTES);
+  /** Made when it is needed: many clients only listen. */
+  #input: Input | null = null;
   #wake: (() => void) | null = null;
   #wakeTimer: Timer | undefined;
   #deadline: Timer | undefined;
@@ -2010,8 +2015,9 @@ class Client extends Person implements Sink {
   ) {
     super(room);
     this.reader = new Reader(room, this);
-    this.#input = new Input(room.options);
-    this.pace = new Pace(room.options.rate, room.access.record(address));
+    this.record = room.access.record(address);
+    const debt = this.record.countFor(room.options.rate);
+    if (debt > 0) this.#input = this.#newInput(debt);
   }
 
   /** Its address and port, in the usual form. */
@@ -2035,23 +2041,21 @@ class Client extends Person implements Sink {
    * instead. */
   ask(question: string, kind: "password" | "name"): Promise<string | null> {
     this.tell(question);
-    this.#input.question = kind;
+    (this.#input ??= this.#newInput()).question = kind;
     return this.#serve();
   }
 
   /** Reads what the client sends, and says it; until there is nothing more, or the
    * question that it was asked is answered. */
   async #serve(): Promise<string | null> {
-    const input = this.#input, { turns } = this.room;
-    const isAsked = input.question !== "";
     // It is here until it has ended, and all that it sent was said.
-    while (!this.#inputEnded || (input.hasLine && !this.left)) {
+    while (!this.#inputEnded || (this.#hasLine && !this.left)) {
       const wait = this.left ? null : this.#wait();
       if (wait !== null) await wait;
-      else if (this.left || !input.hasLine) {
+      else if (this.left || !this.#hasLine) {
         let count: number | null = 0; // which means that reading fails
         try {
-          count = await this.connection.read(input.buffer);
+          count = await this.connection.read(this.#buffer);
         } catch { /* it does */ }
         this.#received(count);
         // To close with unread input would reset the connection, and the last
@@ -2059,12 +2063,9 @@ class Client extends Person implements Sink {
         if (this.left && !this.#inputEnded) {
           await this.#sleep(DISCARD_MILLISECONDS);
         }
-      } else if (!turns.serve(this)) await turns.wait(this);
-      if (isAsked && input.question === "") {
-        const { answer } = input;
-        input.answer = ""; // it may be the password
-        return answer;
-      }
+      } else if (!this.room.turns.serve(this)) await this.room.turns.wait(this);
+      const answer = this.#input?.takeAnswer() ?? null;
+      if (answer !== null) return answer;
     }
     this.leave("");
     if (this.#outputEnded) this.#close();
@@ -2089,12 +2090,27 @@ class Client extends Person implements Sink {
 
   // -- reading
 
+  #newInput(debt = 0): Input {
+    return new Input(this.room.options, this.record, debt);
+  }
+
+  get #hasLine(): boolean {
+    return this.#input?.hasLine ?? false;
+  }
+
+  /** Counts lines against its rate. */
+  charge(lines: number): void {
+    this.#input?.pace.charge(lines);
+  }
+
   /** What the client has to wait for before anything else: its pace, the answers
    * that it has not taken yet, or its turn. */
   #wait(): Promise<void> | null {
-    const pause = this.pace.pause();
+    const input = this.#input;
+    if (input === null) return null; // it has sent nothing
+    const pause = input.pace.pause();
     if (pause > 0) {
-      if (this.#input.hasLine) tellOfWaiting(this, this.#input);
+      if (input.hasLine) tellOfWaiting(this, input);
       return this.#sleep(pause);
     }
     if (this.reader.isBacklogged) return this.reader.written();
@@ -2110,14 +2126,16 @@ class Client extends Person implements Sink {
   }
 
   #received(count: number | null): void {
-    const input = this.#input;
     if (count === null) this.#inputEnded = true;
     else if (!(count > 0)) return this.fail(""); // it would be tried endlessly
     if (this.left) return; // nothing more of it is looked at
-    if (count === null) return input.end();
-    if (input.beginsTls(count)) return this.leave("TLS, which is off");
-    const { junk, telnet } = input.split(count);
-    this.pace.charge(junk); // what cleaning removed was work like what it kept
+    if (count === null) return this.#input?.end();
+    const input = this.#input ??= this.#newInput();
+    const bytes = this.#buffer.subarray(0, count);
+    if (input.beginsTls(bytes)) return this.leave("TLS, which is off");
+    const { junk, telnet } = input.split(bytes);
+    this.#buffer = input.nextBuffer(this.#buffer, count);
+    input.pace.charge(junk); // what cleaning removed was work like what it kept
     this.room.turns.count(this, count);
     if (telnet !== null) answerTelnet(this, telnet);
   }
@@ -2129,18 +2147,20 @@ class Client extends Person implements Sink {
    * @param now in milliseconds of `performance.now`: to call that here would take a
    * twentieth of the time of a line */
   sayNext(now: number): void {
-    if (this.#input.hasLine) this.lastLine = now;
+    const input = this.#input;
+    if (!input?.hasLine) return;
+    this.lastLine = now;
     for (let others = 0; others < MOST_COMMANDS; others++) {
-      if (this.left || !this.#input.hasLine) return;
-      if (this.pace.allowed < 1 || this.reader.isBacklogged) return;
-      if (refuseOtherProtocol(this, this.#input) || this.#sayRun()) return;
+      if (this.left || !input.hasLine) return;
+      if (input.pace.allowed < 1 || this.reader.isBacklogged) return;
+      if (refuseOtherProtocol(this, input) || this.#sayRun(input)) return;
     }
   }
 
   /** Says the next lines that can be appended together, or takes the next other one.
    * Tells whether that is all for now. */
-  #sayRun(): boolean {
-    const { room, pace } = this, input = this.#input;
+  #sayRun(input: Input): boolean {
+    const { room } = this, { pace } = input;
     const isAnswer = input.question !== "";
     const run = input.take(isAnswer ? 1 : pace.allowed);
     pace.charge(run.count);
@@ -2181,7 +2201,7 @@ class Client extends Person implements Sink {
     }
     const { room } = this;
     this.left = true;
-    room.access.release(this.pace.record);
+    room.access.release(this.record);
     room.leave(this, reason);
     const what = this.#inputEnded ? "Connection closed by" : "Disconnected";
     room.report(what, this, reason);
@@ -2218,7 +2238,8 @@ class Client extends Person implements Sink {
     this.#stopSleeping();
     clearTimeout(this.#deadline);
     this.reader.stop();
-    this.#input.release();
+    this.#input = null;
+    this.#buffer = NO_BYTES;
     this.ignored = null;
     tryClose(this.connection);
     this.room.forget(this.reader);
@@ -2262,7 +2283,7 @@ function limitAnswer(
 
 /** Asks for the password until it is right, or the client has left. */
 async function askPassword(client: Client): Promise<void> {
-  const { room: { access, options }, pace: { record } } = client;
+  const { record, room: { access, options } } = client;
   limitAnswer(client, ANSWER_MILLISECONDS, "no password");
   await Promise.resolve(); // the new connection is reported first
   while (!record.isLocked) {
@@ -2307,7 +2328,7 @@ function welcome(room: Room, name: string, hasHistory: boolean): string {
 /** Tells a person who pastes why others do not see all of it yet. */
 function tellOfWaiting(client: Client, input: Input): void {
   const { options } = client.room;
-  if (!hasCommands(options) || !client.pace.isNoticeTime()) return;
+  if (!hasCommands(options) || !input.pace.isNoticeTime()) return;
   const count = countLines(input.lines);
   const waiting = `${count} ${count === 1 ? "is" : "are"} waiting`;
   client.tellError(
@@ -2346,19 +2367,19 @@ function refuseOtherProtocol(client: Client, input: Input): boolean {
 /** Replies to telnet commands, and to what their user asks for by them. Each costs
  * like a line, so that replies have a bound. */
 function answerTelnet(client: Client, telnet: TelnetFilter): void {
-  const { reply, request } = telnet, { reader, pace } = client;
+  const { reply, request } = telnet, { reader } = client;
   telnet.reply = [];
   telnet.request = 0;
   if (reply.length > 0) {
     reader.insert(Uint8Array.from(reply));
     reader.flush();
-    pace.charge(1);
+    client.charge(1);
   }
   if (request === 0 || client.room.options.raw) return;
   client.tell(
     request === AYT ? "* Yes, Parley is here.\n" : "* To leave, type /quit.\n",
   );
-  pace.charge(1);
+  client.charge(1);
 }
 
 /** The answer to a request, whose first lines have come: a redirect to the web page,
@@ -2594,7 +2615,7 @@ function reply(person: Person, text: string): void {
 }
 
 function help(client: Client, text: string): void {
-  client.pace.charge(0.5); // the answer is long
+  client.charge(0.5); // the answer is long
   COMMANDS.help(client, text);
 }
 
@@ -2609,7 +2630,7 @@ function changeName(client: Client, text: string): void {
 function tellWho(client: Client, text: string): void {
   if (!text) {
     const { everyone } = client.room.people;
-    client.pace.charge(everyone.length / LINE_BYTES);
+    client.charge(everyone.length / LINE_BYTES);
     // How long this is does not depend on the client. A long one counts as just so
     // much that no other answer follows before it is taken (isBacklogged).
     const most = MOST_INSERTED_BYTES * BACKLOG_PART + 1;
