@@ -488,6 +488,54 @@ browserTest("the page comes back when the server restarts", async () => {
   await Deno.remove(log);
 });
 
+browserTest("a page that comes back has its settings again", async () => {
+  const options = { host: "127.0.0.1", port: 0, rate: 0 };
+  const server = ChatServer.listen(options);
+  const web = await WebServer.listen(server, options);
+  await using maria = await Visitor.join(web.url, "maria");
+  await using _troll = await Terminal.join(server, "troll");
+  await using _gone = await Terminal.join(server, "gone");
+  using _guest = await Deno.connect({ port: server.addr.port });
+  await maria.seesPerson("guest4");
+  for (const name of ["troll", "gone", "guest4"]) {
+    await maria.say(`/ignore ${name}`);
+    await maria.sees(new RegExp(`You no longer receive messages from ${name}`));
+  }
+  await maria.say("/bell on\n/bell off\n/away lunch\n/quiet on");
+  await maria.sees(/notices are hidden/);
+  await server.stop();
+  await within(web.close(), "the end of the listener");
+
+  const { port } = server.addr;
+  await using again = ChatServer.listen({ ...options, port });
+  await using ben = await Terminal.join(again, "ben");
+  await using troll = await Terminal.join(again, "troll");
+  await using _webAgain = await WebServer.listen(again, {
+    ...options,
+    port: web.port,
+  });
+  await maria.sees(/^Connected again/);
+  await eventually(async () => {
+    const lines = await maria.lines();
+    return lines.filter((line) => /notices are hidden/.test(line)).length === 2;
+  }, "the settings");
+  await ben.say("/msg maria hello");
+  assertEquals(await ben.find(/is away/), "* maria is away: lunch");
+  await using _late = await Terminal.join(again, "late");
+  await troll.say("not for maria");
+  await ben.find(/not for maria/);
+  await ben.say("for maria");
+  await maria.sees(/^ben.*for maria/);
+  const lines = await maria.lines();
+  const count = (pattern: RegExp) =>
+    lines.filter((line) => pattern.test(line)).length;
+  assertEquals(count(/not for maria|late has entered/), 0);
+  assertEquals(count(/You no longer receive messages from troll/), 2);
+  assertEquals(count(/Nobody here is called gone/), 1);
+  assertEquals(count(/guest4/), 3); // joined, and was ignored once
+  assertEquals(count(/terminal rings/), 1);
+});
+
 browserTest("markup and javascript: links are text", async () => {
   await using room = await open();
   await using bob = await Terminal.join(room.server, "bob");
