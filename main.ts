@@ -782,7 +782,7 @@ class Reader {
   #detours: Detour[] = NO_DETOURS;
   /** What its detours cost, in bytes. */
   #waiting = 0;
-  /** What is being written. */
+  /** What is being written; `null` if nothing is. */
   #batch: Uint8Array | null = null;
   #stopped = false;
   #resolveWritten: (() => void) | null = null;
@@ -863,12 +863,14 @@ class Reader {
     this.#resolveWritten?.();
   }
 
-  /** Resolves after the next write, or when it is stopped. */
+  /** Resolves after the write in flight, or when it is stopped. One caller can
+   * wait. */
   written(): Promise<void> {
     return new Promise((resolve) => this.#resolveWritten = resolve);
   }
 
-  /** Starts to write what it has not written, unless it is writing. */
+  /** Starts to write what it has not written, unless it is writing. At its end it
+   * stops. */
   flush(): void {
     if (this.#batch !== null || this.#stopped) return;
     const batch = this.#nextBatch();
@@ -1089,7 +1091,7 @@ interface Run {
  * looked at, or a run of others that can be appended at once.
  *
  * @param most how many lines
- * @param commands whether a line that begins with a slash may be a command
+ * @param commands whether a line that begins with a slash or space may be a command
  */
 function nextRun(lines: Uint8Array, most: number, commands: boolean): Run {
   const isCommand = (first: number) =>
@@ -1805,7 +1807,8 @@ class Input {
   answer: string | null = null;
   /** Whether the first line was looked at. */
   firstLineSeen = false;
-  /** The lines that wait. They may lie in the client's buffer. */
+  /** The lines that wait. They may lie in the client's buffer, which is read into
+   * again only when all are said. */
   lines: Uint8Array = NO_BYTES;
   readonly pace: Pace;
   readonly #splitter: LineSplitter;
@@ -1863,16 +1866,6 @@ class Input {
     }
     return false;
   }
-
-  /** The buffer for the next read, after one of `count` bytes into `buffer`. */
-  nextBuffer(buffer: Uint8Array, count: number): Uint8Array {
-    const { length } = buffer;
-    const most = this.options.rate > 0 ? PACED_READ_BYTES : LARGEST_READ_BYTES;
-    let size = Math.min(length, RESTING_READ_BYTES);
-    if (count === length) size = Math.min(length * 8, most);
-    else if (count <= SMALLEST_READ_BYTES) size = SMALLEST_READ_BYTES;
-    return size === length ? buffer : allocate(size);
-  }
 }
 
 /** How many seconds' worth of lines a client may send at once, and for how many it
@@ -1885,15 +1878,16 @@ const WAITING_MILLISECONDS = 2_000, WAITING_AGAIN_MILLISECONDS = 10_000;
 
 /** Lines that were sent beyond a rate: a token bucket, by what is missing in it. */
 class Debt {
-  /** How many it was when it was counted. */
+  /** How many they were when last settled, and what was charged since. */
   lines = 0;
-  #counted = performance.now();
+  #settled = performance.now();
 
-  /** Counts it anew, less what `rate` lines a second have allowed since. */
-  count(rate: number): number {
+  /** Takes off what `rate` lines a second have allowed since it was last settled.
+   * Returns what is left. */
+  settle(rate: number): number {
     const now = performance.now();
-    const allowed = (now - this.#counted) * rate / 1_000;
-    this.#counted = now;
+    const allowed = (now - this.#settled) * rate / 1_000;
+    this.#settled = now;
     return this.lines = Math.max(0, this.lines - allowed);
   }
 }
@@ -1929,8 +1923,9 @@ class Pace extends Debt {
    * client that is paced is seen only after its lines. */
   charge(lines: number): void {
     if (this.rate === 0) return;
+    this.settle(this.rate);
     this.lines += lines;
-    this.record.countFor(this.rate);
+    this.record.settleFor(this.rate);
     this.record.lines += lines;
   }
 
@@ -1939,7 +1934,7 @@ class Pace extends Debt {
   pause(): number {
     const { rate } = this;
     if (rate === 0) return 0;
-    const tokens = this.#most - this.count(rate);
+    const tokens = this.#most - this.settle(rate);
     if (tokens > this.#most / 2) this.#nextNotice = Infinity;
     if (tokens >= 1) return 0;
     // Between half and all of it, or clients that began together would stay so.
@@ -1981,6 +1976,7 @@ type Report = (what: string, client: Client, reason?: string) => void;
 /** A connection and the person behind it. */
 class Client extends Person implements Sink {
   readonly reader: Reader;
+  /** What is remembered of its address. */
   readonly record: AddressRecord;
   /** When it connected, and when it sent its last line, in milliseconds of
    * `performance.now`. */
@@ -1993,7 +1989,7 @@ class Client extends Person implements Sink {
   servedIn = this.room.turns.number;
 
   // It is closed when it has left and both directions have ended; at once if one
-  // of them fails; and at the latest when the time to drain is over.
+  // of them fails, or it is too slow; and at the latest when the time to drain is over.
   left = false;
   #inputEnded = false;
   #outputEnded = false;
@@ -2001,7 +1997,8 @@ class Client extends Person implements Sink {
 
   /** Where the next read goes. */
   #buffer = allocate(SMALLEST_READ_BYTES);
-  /** Made when it is needed: many clients only listen. */
+  /** Made with the first bytes, a question, or a debt of its address: many clients
+   * only listen. */
   #input: Input | null = null;
   #wake: (() => void) | null = null;
   #wakeTimer: Timer | undefined;
@@ -2016,7 +2013,7 @@ class Client extends Person implements Sink {
     super(room);
     this.reader = new Reader(room, this);
     this.record = room.access.record(address);
-    const debt = this.record.countFor(room.options.rate);
+    const debt = this.record.settleFor(room.options.rate);
     if (debt > 0) this.#input = this.#newInput(debt);
   }
 
@@ -2034,7 +2031,7 @@ class Client extends Person implements Sink {
     else if (!this.left) this.enter(options.raw ? "" : people.guestName());
     // Not awaited: while the client is in the room, one function waits. Another
     // would cost each client half a kilobyte.
-    this.#serve();
+    this.#run();
   }
 
   /** Asks, and resolves to the line that answers; to `null` if the client has left
@@ -2042,12 +2039,12 @@ class Client extends Person implements Sink {
   ask(question: string, kind: "password" | "name"): Promise<string | null> {
     this.tell(question);
     (this.#input ??= this.#newInput()).question = kind;
-    return this.#serve();
+    return this.#run();
   }
 
   /** Reads what the client sends, and says it; until there is nothing more, or the
    * question that it was asked is answered. */
-  async #serve(): Promise<string | null> {
+  async #run(): Promise<string | null> {
     // It is here until it has ended, and all that it sent was said.
     while (!this.#inputEnded || (this.#hasLine && !this.left)) {
       const wait = this.left ? null : this.#wait();
@@ -2098,7 +2095,7 @@ class Client extends Person implements Sink {
     return this.#input?.hasLine ?? false;
   }
 
-  /** Counts lines against its rate. */
+  /** Counts lines against its rate. They are what it has sent, or for that. */
   charge(lines: number): void {
     this.#input?.pace.charge(lines);
   }
@@ -2107,7 +2104,7 @@ class Client extends Person implements Sink {
    * that it has not taken yet, or its turn. */
   #wait(): Promise<void> | null {
     const input = this.#input;
-    if (input === null) return null; // it has sent nothing
+    if (input === null) return null; // nothing was read
     const pause = input.pace.pause();
     if (pause > 0) {
       if (input.hasLine) tellOfWaiting(this, input);
@@ -2134,15 +2131,25 @@ class Client extends Person implements Sink {
     const bytes = this.#buffer.subarray(0, count);
     if (input.beginsTls(bytes)) return this.leave("TLS, which is off");
     const { junk, telnet } = input.split(bytes);
-    this.#buffer = input.nextBuffer(this.#buffer, count);
+    this.#sizeBuffer(count);
     input.pace.charge(junk); // what cleaning removed was work like what it kept
     this.room.turns.count(this, count);
     if (telnet !== null) answerTelnet(this, telnet);
   }
 
+  /** Chooses the size of the next read after one of `count` bytes. */
+  #sizeBuffer(count: number): void {
+    const { length } = this.#buffer, isPaced = this.room.options.rate > 0;
+    const most = isPaced ? PACED_READ_BYTES : LARGEST_READ_BYTES;
+    let size = Math.min(length, RESTING_READ_BYTES);
+    if (count === length) size = Math.min(length * 8, most);
+    else if (count <= SMALLEST_READ_BYTES) size = SMALLEST_READ_BYTES;
+    if (size !== length) this.#buffer = allocate(size);
+  }
+
   // -- talking
 
-  /** Says the next lines: public ones together, or some others, one by one.
+  /** Says the next lines together, or carries out some commands, one by one.
    *
    * @param now in milliseconds of `performance.now`: to call that here would take a
    * twentieth of the time of a line */
@@ -2150,15 +2157,15 @@ class Client extends Person implements Sink {
     const input = this.#input;
     if (!input?.hasLine) return;
     this.lastLine = now;
-    for (let others = 0; others < MOST_COMMANDS; others++) {
+    for (let commands = 0; commands < MOST_COMMANDS; commands++) {
       if (this.left || !input.hasLine) return;
       if (input.pace.allowed < 1 || this.reader.isBacklogged) return;
       if (refuseOtherProtocol(this, input) || this.#sayRun(input)) return;
     }
   }
 
-  /** Says the next lines that can be appended together, or takes the next other one.
-   * Tells whether that is all for now. */
+  /** Says the next lines that can be appended together, or takes the next command or
+   * answer. Tells whether that is all for now. */
   #sayRun(input: Input): boolean {
     const { room } = this, { pace } = input;
     const isAnswer = input.question !== "";
@@ -2211,6 +2218,8 @@ class Client extends Person implements Sink {
     this.setDeadline(DRAIN_MILLISECONDS, () => this.#close());
   }
 
+  /** Its connection has failed, or it is too slow: the lines that wait for it are
+   * lost. */
   fail(reason: string): void {
     if (reason !== TOO_SLOW) this.#inputEnded = true;
     this.reader.stop();
@@ -2305,7 +2314,7 @@ async function askName(client: Client): Promise<void> {
   limitAnswer(client, NAME_MILLISECONDS, "no name");
   const question = "* Welcome to Parley. What is your name?\n";
   const line = await client.ask(question, "name");
-  if (line === null) return;
+  if (line === null || client.left) return;
   const name = normalizeName(line);
   const problem = client.room.people.nameProblem(name, client);
   if (problem === null) return client.enter(name!);
@@ -2371,15 +2380,15 @@ function answerTelnet(client: Client, telnet: TelnetFilter): void {
   telnet.reply = [];
   telnet.request = 0;
   if (reply.length > 0) {
+    client.charge(1);
     reader.insert(Uint8Array.from(reply));
     reader.flush();
-    client.charge(1);
   }
   if (request === 0 || client.room.options.raw) return;
+  client.charge(1);
   client.tell(
     request === AYT ? "* Yes, Parley is here.\n" : "* To leave, type /quit.\n",
   );
-  client.charge(1);
 }
 
 /** The answer to a request, whose first lines have come: a redirect to the web page,
@@ -2470,8 +2479,8 @@ class Commands<Actor extends Person> {
       .filter((name) => name !== unsafe);
   }
 
-  /** Says the lines of a run, or carries out its command. Tells whether something
-   * was said. */
+  /** Says the lines of a run, or carries out its command. Tells whether the lines
+   * themselves were said. */
   handle(actor: Actor, { isCommand, lines }: Run): boolean {
     const refusal = REFUSED[lines[0]];
     if (refusal) {
@@ -3353,9 +3362,9 @@ class AddressRecord extends Debt {
   wrongPasswords = 0;
   lastWrong = -Infinity;
 
-  /** Counts its debt, for clients of which each may send `rate` lines a second. */
-  countFor(rate: number): number {
-    return this.count(rate * Math.max(1, this.clients));
+  /** Settles its debt, for clients of which each may send `rate` lines a second. */
+  settleFor(rate: number): number {
+    return this.settle(rate * Math.max(1, this.clients));
   }
 
   /** Whether the last wrong password still counts. */
@@ -3458,7 +3467,7 @@ class Access {
     this.#lastForgotten = now;
     for (const [key, record] of this.#addresses) {
       const isQuiet = record.clients === 0 &&
-        record.countFor(this.options.rate) === 0;
+        record.settleFor(this.options.rate) === 0;
       if (isQuiet && !record.wasWrong) this.#addresses.delete(key);
     }
   }

@@ -2458,6 +2458,20 @@ Deno.test("what a client sends that is not said costs it like a line", async (t)
   }
 });
 
+Deno.test("empty lines cost the same after a silence", async () => {
+  const rate = 20, burst = 5 * rate; // lines a second, lines at once
+  using _clock = fastClock(20);
+  await using server = open({ rate });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  await new Promise((resolve) => setTimeout(resolve, 600)); // 12 s of that clock
+  const started = performance.now();
+  await alice.say(...Array(burst + 20).fill(""), "hello");
+  await bob.find(/hello$/);
+  const took = performance.now() - started, least = 1_000 * 15 / rate;
+  assert(took > least, `${took} ms`);
+});
+
 Deno.test("a client that comes back does not have its burst again", async (t) => {
   const rate = 100, burst = 5 * rate; // lines a second, lines at once
   /** How long it takes until all lines of `clients` are said, in milliseconds. */
@@ -3056,6 +3070,25 @@ Deno.test("a client that gives no name within 60 seconds is disconnected, and it
   await using alice = await Guest.connect(server.port);
   await alice.say("alice");
   await alice.find(/room contains/);
+});
+
+Deno.test("nobody enters whose connection fails as the name arrives", async () => {
+  await using server = open({ askName: true });
+  const answer = Promise.withResolvers<number>();
+  const question = Promise.withResolvers<number>();
+  const connection = admit(server, {
+    read(buffer) {
+      buffer.set(encoder.encode("ann\n"));
+      return answer.promise;
+    },
+    write: () => question.promise,
+  });
+  answer.resolve(4);
+  question.reject(new Error("the client is gone"));
+  await connection.closed;
+  await using ann = await Guest.connect(server.port);
+  await ann.say("ann");
+  await ann.find(/^\* The room contains: $/);
 });
 
 Deno.test("a client that leaves or is disconnected gets a last line", async (t) => {
