@@ -188,8 +188,12 @@ const CONTROLS =
 // What belongs to the character before it.
 const MARK = /[\p{M}\u200d\p{VS}]/u;
 
+/** Characters that show nothing. */
+const BLANKS = String.raw`\p{White_Space}\p{DI}\u2800\ufff9-\ufffb` +
+  String.raw`\u{13441}-\u{13446}\u{16fe4}\u{1d159}`;
+
 /** A line that shows nothing. */
-const BLANK = /^[\p{White_Space}\p{DI}\u2800]*$/v;
+const BLANK = new RegExp(`^[${BLANKS}]*$`, "v");
 
 // What would hide the slash of a command. No character fits two alternatives, or a long
 // run of them would take endlessly.
@@ -207,9 +211,12 @@ const HIDDEN_START = new RegExp(
 );
 
 // Whether a chunk may hold a line that has to be changed.
-const SUSPECT =
-  // deno-lint-ignore no-control-regex
-  /[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ufffd]|^[\p{White_Space}\p{DI}\p{Co}\p{Cn}\u2800]|\t/mv;
+const SUSPECT = new RegExp(
+  String
+    .raw`[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ufffd]|` +
+    String.raw`^[${BLANKS}\p{Co}\p{Cn}]|\t`,
+  "mv",
+);
 
 /**
  * Removes from a line what could disturb a terminal or pass for another line:
@@ -371,7 +378,13 @@ async function atMost(
 // The telnet protocol (RFC 854): commands from 236 (RFC 1184) on, and those that
 // something follows.
 const FIRST_COMMAND = 236, SE = 240, IP = 244, AYT = 246, EC = 247, EL = 248;
-const SB = 250, WILL = 251, WONT = 252, DO = 253, DONT = 254, IAC = 255;
+const DM = 242,
+  SB = 250,
+  WILL = 251,
+  WONT = 252,
+  DO = 253,
+  DONT = 254,
+  IAC = 255;
 const BINARY = 0; // RFC 856
 
 /** How many bytes of replies to one read are enough to add no more. */
@@ -393,21 +406,27 @@ class TelnetFilter {
    * SB (a sub-negotiation), SE (an IAC in it), or {@linkcode LOST}. */
   #state = TEXT;
   #afterCr = false;
+  #afterDm = false;
   /** The bytes of the sub-negotiation. */
   #length = 0;
   #asked = false;
 
-  /** Whether the next byte is text, and no second byte of a line end. */
+  /** Whether the next byte is text, and belongs to none before it. */
   get isInText(): boolean {
-    return this.#state === TEXT && !this.#afterCr;
+    return this.#state === TEXT && !this.#afterCr && !this.#afterDm;
   }
 
   /** The text of a chunk. An IAC that no command follows is dropped, as UTF-8 has no
-   * such byte: the system takes the urgent byte of a Synch out (RFC 854, page 9). */
+   * such byte, and so is a DM that begins no character: the system takes the urgent
+   * byte of a Synch out, which is one of these two (RFC 854, page 9). */
   filter(chunk: Uint8Array): Uint8Array {
-    const text = new Uint8Array(chunk.length);
+    const text = new Uint8Array(chunk.length + 1); // and a DM of the last chunk
     let length = 0;
     const add = (byte: number) => {
+      const isContinued = byte >= 0x80 && byte < 0xc0; // a character
+      if (this.#afterDm && isContinued) text[length++] = DM;
+      this.#afterDm = byte === DM;
+      if (byte === DM) return;
       const isSecond = this.#afterCr && (byte === LF || byte === NUL);
       this.#afterCr = byte === CR;
       if (!isSecond) text[length++] = byte === CR ? LF : byte;
@@ -501,7 +520,7 @@ class LineSplitter {
     // again, a line between two people takes 3 % more time.
     let plain = (this.telnet?.isInText ?? true) && isPlain(chunk, this.tabs);
     let rest = plain ? chunk : this.#filter(chunk);
-    this.junk = (chunk.length - rest.length) / LINE_BYTES;
+    this.junk = Math.max(0, chunk.length - rest.length) / LINE_BYTES;
     if (this.#partial.length > 0) {
       rest = concat([this.#partial, rest]);
       plain = false;
@@ -534,7 +553,7 @@ class LineSplitter {
   }
 
   #filter(chunk: Uint8Array): Uint8Array {
-    if (chunk.includes(IAC) || chunk.includes(CR)) {
+    if ([IAC, CR, DM].some((byte) => chunk.includes(byte))) {
       this.telnet ??= new TelnetFilter();
     }
     return this.telnet?.filter(chunk) ?? chunk;
@@ -1377,6 +1396,11 @@ const LISTED_NAMES = 20;
 /** In a room of so many people all may be looked at to answer one of them. */
 const SMALL_ROOM = 100;
 
+/** The name that is written `bob,` or `@bob`. */
+function withoutMarks(name: string): string {
+  return name.replace(/^@|[,:]$/g, "");
+}
+
 /** Who is here, by {@linkcode nameKey}. */
 class People extends Map<string, Person> {
   /** The names of this server on its links, by {@linkcode nameKey}. */
@@ -1392,7 +1416,7 @@ class People extends Map<string, Person> {
   find(name: string): Person | undefined {
     const exact = this.get(nameKey(name));
     if (exact !== undefined) return exact;
-    const plain = name.replace(/^@|[,:]$/g, ""), at = plain.indexOf("@");
+    const plain = withoutMarks(name), at = plain.indexOf("@");
     const isOwn = at > 0 && this.ownNames.has(nameKey(plain.slice(at + 1)));
     return this.get(nameKey(isOwn ? plain.slice(0, at) : plain));
   }
@@ -1873,6 +1897,11 @@ class Input {
  * the time. */
 const BURST_SECONDS = 5, PAUSE_SECONDS = 0.3;
 
+/** How many seconds' worth of lines a client takes over at most of what its address
+ * owes. With all of it, it is told that its lines wait before the first is said: that
+ * shows whether its connection has failed. */
+const DEBT_SECONDS = 8;
+
 /** After how long, and how often, a client is told that its lines wait. */
 const WAITING_MILLISECONDS = 2_000, WAITING_AGAIN_MILLISECONDS = 10_000;
 
@@ -1895,6 +1924,8 @@ class Debt {
 /** How fast a client may send. What an address sends over several connections, one
  * after the other, counts together. */
 class Pace extends Debt {
+  /** Whether it has to wait. */
+  #isHeld = false;
   /** When the client is next told that its lines wait; if they do. */
   #nextNotice = Infinity;
 
@@ -1906,7 +1937,7 @@ class Pace extends Debt {
     debt: number,
   ) {
     super();
-    this.lines = Math.min(this.#most, debt);
+    this.lines = Math.min(rate * DEBT_SECONDS, debt);
   }
 
   /** How many lines it may send at once. */
@@ -1935,11 +1966,23 @@ class Pace extends Debt {
     const { rate } = this;
     if (rate === 0) return 0;
     const tokens = this.#most - this.settle(rate);
+    this.#hold(tokens < 1);
     if (tokens > this.#most / 2) this.#nextNotice = Infinity;
     if (tokens >= 1) return 0;
     // Between half and all of it, or clients that began together would stay so.
     const enough = rate * PAUSE_SECONDS * (1 + Math.random()) / 2;
     return (Math.max(1, enough) - tokens) * 1_000 / rate;
+  }
+
+  /** The client has left. */
+  end(): void {
+    this.#hold(false);
+  }
+
+  #hold(isHeld: boolean): void {
+    if (isHeld === this.#isHeld) return;
+    this.#isHeld = isHeld;
+    this.record.held += isHeld ? 1 : -1;
   }
 
   /** Whether a client whose lines wait is told so now. */
@@ -2134,7 +2177,9 @@ class Client extends Person implements Sink {
     this.#sizeBuffer(count);
     input.pace.charge(junk); // what cleaning removed was work like what it kept
     this.room.turns.count(this, count);
-    if (telnet !== null) answerTelnet(this, telnet);
+    if (telnet !== null) {
+      answerTelnet(this, telnet, input.question !== "");
+    }
   }
 
   /** Chooses the size of the next read after one of `count` bytes. */
@@ -2208,6 +2253,7 @@ class Client extends Person implements Sink {
     }
     const { room } = this;
     this.left = true;
+    this.#input?.pace.end();
     room.access.release(this.record);
     room.leave(this, reason);
     const what = this.#inputEnded ? "Connection closed by" : "Disconnected";
@@ -2350,7 +2396,7 @@ function tellOfWaiting(client: Client, input: Input): void {
 /** The first line of an HTTP, RTSP or SIP request (RFC 9112, section 3), or its
  * first piece, if it is too long for one. */
 const REQUEST =
-  /^[a-z]+ \S+ ((?:HTTP|RTSP|SIP)\/\d\S*)|^(?:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) \S{4000,}$/i;
+  /^[\w-]+ \S+ ((?:HTTP|RTSP|SIP)\/\d\S*)|^[A-Z_-]+ (?:[a-z]+:|\/)\S{4000,}$/i;
 
 /** How a TLS handshake begins (RFC 8446, 5.1). */
 const TLS_HANDSHAKE = [0x16, 0x03];
@@ -2375,7 +2421,11 @@ function refuseOtherProtocol(client: Client, input: Input): boolean {
 
 /** Replies to telnet commands, and to what their user asks for by them. Each costs
  * like a line, so that replies have a bound. */
-function answerTelnet(client: Client, telnet: TelnetFilter): void {
+function answerTelnet(
+  client: Client,
+  telnet: TelnetFilter,
+  isAsked: boolean,
+): void {
   const { reply, request } = telnet, { reader } = client;
   telnet.reply = [];
   telnet.request = 0;
@@ -2386,8 +2436,11 @@ function answerTelnet(client: Client, telnet: TelnetFilter): void {
   }
   if (request === 0 || client.room.options.raw) return;
   client.charge(1);
+  const leaving = isAsked || !hasCommands(client.room.options)
+    ? "close the connection (in telnet: Ctrl-], then quit)"
+    : "type /quit";
   client.tell(
-    request === AYT ? "* Yes, Parley is here.\n" : "* To leave, type /quit.\n",
+    request === AYT ? "* Yes, Parley is here.\n" : `* To leave, ${leaving}.\n`,
   );
 }
 
@@ -2412,6 +2465,15 @@ function webAnswer(request: string, url: string, version = "HTTP/1.1"): string {
 
 /** A command: a slash, letters, then white space or the end of the line. */
 const COMMAND_LINE = /^\/(\p{L}+|\?)(?:\s|$)/u;
+
+/** What does not show in the first word of a line, or was no text. */
+const HIDDEN = /[\p{DI}\p{Co}\p{Cn}\ufffd]/gu;
+
+/** A line without the spaces before it, and without what does not show in its first
+ * word. */
+function plainStart(line: string): string {
+  return line.trimStart().replace(/^\S+/, (word) => word.replace(HIDDEN, ""));
+}
 
 /** The longest name of a command that is looked at. */
 const COMMAND_UNITS = 24;
@@ -2459,7 +2521,7 @@ type Command<Actor> = [
 /** Whether the first piece of a line that is too long begins a command. A slash
  * alone may: the rest of the command is in the next piece. */
 function beginsCommand(start: string): boolean {
-  const text = start.trimStart();
+  const text = plainStart(start);
   return text === "/" || COMMAND_LINE.test(text);
 }
 
@@ -2470,13 +2532,14 @@ class Commands<Actor extends Person> {
   readonly #suggested: string[];
   #overview: Uint8Array | null = null;
 
-  /** @param unsafe a command that is never suggested for another */
-  constructor(readonly list: Command<Actor>[], unsafe = "") {
+  /** @param unsafe names that are never suggested for another */
+  constructor(readonly list: Command<Actor>[], unsafe: string[] = []) {
     for (const command of list) {
       for (const name of command[0].split(" ")) this.#byName.set(name, command);
     }
-    this.#suggested = list.map(([names]) => names.split(" ")[0])
-      .filter((name) => name !== unsafe);
+    this.#suggested = list.flatMap(([names]) =>
+      names.split(" ").filter((name, i) => i === 0 || name.length > 2)
+    ).filter((name) => !unsafe.includes(name));
   }
 
   /** Says the lines of a run, or carries out its command. Tells whether the lines
@@ -2500,13 +2563,13 @@ class Commands<Actor extends Person> {
    */
   #run(actor: Actor, bytes: Uint8Array): Uint8Array | null {
     const typed = decoder.decode(bytes.subarray(0, -1));
-    const line = typed.trimStart(), isIndented = line !== typed;
+    const line = plainStart(typed), isIndented = !typed.startsWith("/");
     const [start, word] = COMMAND_LINE.exec(line) ?? [];
     const name = word?.slice(0, COMMAND_UNITS).toLowerCase() ?? "";
     const command = this.#byName.get(name);
     if (start === undefined || (isIndented && !command)) {
       const isQuoted = typed.startsWith("//") &&
-        COMMAND_LINE.test(typed.slice(1));
+        COMMAND_LINE.test(plainStart(typed.slice(1)));
       return isQuoted ? bytes.subarray(1) : bytes;
     }
     const rest = line.slice(start.length);
@@ -2528,6 +2591,7 @@ class Commands<Actor extends Person> {
   /** The command that a word may mean: one of the same letters, what it is called
    * elsewhere, or the closest, unless that is quite another word; empty then. */
   #nearest(word: string): string {
+    if (COMMANDS.#byName.has(word)) return ""; // which the operator does not have
     const all = this.#suggested, letters = sorted(word);
     const [elsewhere] = NAMES_ELSEWHERE.find((it) => it.includes(word)) ?? [];
     const known = all.find((name) => sorted(name) === letters) ??
@@ -2822,7 +2886,7 @@ export class ChatServer implements AsyncDisposable {
       throw openError(what, error, "--allow-net", {
         other: "choose an address with --host",
         PermissionDenied:
-          "the system does not permit it (choose a --port above 1023)",
+          "ports below 1024 are for administrators (choose a higher --port)",
       });
     }
     this.addr = this.#listener.addr as Deno.NetAddr;
@@ -3357,14 +3421,16 @@ const MOST_ADDRESSES = 1_000;
 /** What is remembered of an address, and how many lines its clients and earlier ones
  * have sent beyond their rate. */
 class AddressRecord extends Debt {
-  /** How many of its clients are connected. */
+  /** How many of its clients are connected, and how many of these have to wait. */
   clients = 0;
+  held = 0;
   wrongPasswords = 0;
   lastWrong = -Infinity;
 
-  /** Settles its debt, for clients of which each may send `rate` lines a second. */
+  /** Settles its debt, for clients of which each may send `rate` lines a second; but
+   * for those that have to wait, which may be gone. */
   settleFor(rate: number): number {
-    return this.settle(rate * Math.max(1, this.clients));
+    return this.settle(rate * Math.max(1, this.clients - this.held));
   }
 
   /** Whether the last wrong password still counts. */
@@ -3381,8 +3447,8 @@ class AddressRecord extends Debt {
 
 /** Why a network is banned. */
 interface Ban {
-  /** Who was banned; empty if it was a network. */
-  name: string;
+  /** Who was connected from there, and was disconnected. */
+  names: string[];
   reason: string;
   time: Date;
 }
@@ -3561,7 +3627,9 @@ const PROBLEMS: Record<string, string> = {
     "this machine does not have that address (choose one with --host)",
   NotFound: "there is no such file",
   PermissionDenied:
-    "the system does not permit it (look at the file's owner and mode)",
+    "the system denies access (look at the file's owner and mode)",
+  IsADirectory: "it is a directory (give a file)",
+  NotADirectory: "a part of its path is a file (give another path)",
 };
 
 /** The error of what cannot be opened: why, and what to do.
@@ -3608,8 +3676,8 @@ function readFile(path: string): string {
 
 /** The lines of a file for new clients, as the room shows them. */
 function readMotd(path: string): string {
-  return readFile(path).trimEnd().split("\n")
-    .map((line) => `* ${cleanLine(line)}\n`).join("");
+  const text = readFile(path).trimEnd();
+  return text && text.split("\n").map((it) => `* ${cleanLine(it)}\n`).join("");
 }
 
 // ---------------------------------------------------------------------------
@@ -3841,7 +3909,7 @@ function openLog(path: string): Deno.FsFile {
     throw openError(`Cannot open ${path}`, error, flags, {
       NotFound: lacksFolder
         ? `the folder ${folder} does not exist (create it first)`
-        : reason(error),
+        : "no file can be made there (choose another path)",
     });
   }
 }
@@ -3906,7 +3974,8 @@ function restore(room: Room, file: Deno.FsFile): void {
   // What was cut off may be the middle of a line, which anyone can have made
   // to look like the beginning of one.
   const start = size > most ? tail.indexOf(LF) + 1 : 0;
-  const lines = decoder.decode(tail.subarray(start)).split("\n")
+  const end = tail.lastIndexOf(LF) + 1; // a last line may be broken off
+  const lines = decoder.decode(tail.subarray(start, end)).split("\n")
     .filter((line) => line.length <= TRANSCRIPT_LINE_BYTES)
     .flatMap((line) => {
       const [, stamp, said] = TRANSCRIPT_LINE.exec(cleanLine(line)) ?? [];
@@ -3990,7 +4059,7 @@ const CONSOLE_COMMANDS = new Commands<Operator>([
   ["unban", "NAME|NETWORK", "admits a banned address or network again", unban],
   ["banned", "", "lists who is banned, since when and why", listBans],
   ["quit exit", "", "stops the server", (operator) => operator.quit()],
-], "quit");
+], ["quit", "exit"]);
 
 /** The name of a person for the operator. */
 function nameOf({ name, room }: Person): string {
@@ -4034,6 +4103,7 @@ function kick(operator: Operator, text: string): void {
  * if there are others at the address. */
 function ban(operator: Operator, text: string): void {
   const [whom, reason] = firstWord(text), typed = readNetwork(whom);
+  if (!typed && isMalformed(operator, whom)) return;
   const client = typed ? undefined : findClient(operator, whom);
   if (!typed && !client) return;
   const network = countedNetwork(typed || readNetwork(client!.address));
@@ -4046,25 +4116,45 @@ function ban(operator: Operator, text: string): void {
   const there = operator.clients.filter((it) => isIn([network], it.address));
   const others = there.filter((it) => it !== client);
   if (client && others.length > 0) {
-    const names = others.slice(0, LISTED_NAMES).map(nameOf).join(", ");
     return operator.tellError(
-      `Not banned: ${names} would be banned too. ` +
+      `Not banned: ${firstNames(others.map(nameOf))} would be banned too. ` +
         `/ban ${shown} bans them all, ` +
         `/kick ${whom} disconnects ${whom} alone.`,
     );
   }
   bans.delete(network); // the last one is listed last
-  bans.set(network, { name: client?.name ?? "", reason, time: new Date() });
+  const names = there.map(({ name }) => name).filter(Boolean);
+  bans.set(network, { names, reason, time: new Date() });
   operator.tell(`* ${shown} is banned. /unban ${shown} undoes this.\n`);
   const why = reason ? `banned: ${reason}` : "banned";
   for (const it of there) it.disconnect(`You were ${why}.`, why);
 }
 
+/** Whether what was typed is no name, and no address or network either; the operator
+ * is told so. The address and port of a client are one of the two. */
+function isMalformed(operator: Operator, text: string): boolean {
+  const isAddress = /[.:/]/.test(text.replace(/[,:]$/, "")) &&
+    !operator.clients.some(({ origin }) => origin === text);
+  if (isAddress) {
+    const what = `${text} is no address or network.`;
+    operator.tellError(`${what} Type one such as 10.0.0.1 or 10.0.0.0/8.`);
+  }
+  return isAddress;
+}
+
+/** The first of some names, and how many others there are. */
+function firstNames(names: string[]): string {
+  const others = names.length - LISTED_NAMES;
+  const more = others > 0 ? [`${others} more`] : [];
+  return [...names.slice(0, LISTED_NAMES), ...more].join(", ");
+}
+
 function unban(operator: Operator, text: string): void {
   const { bans } = operator.room.access, typed = readNetwork(text);
-  const counted = countedNetwork(typed), key = nameKey(text);
-  const lifted = [...bans].filter(([network, { name }]) =>
-    network === counted || (name !== "" && nameKey(name) === key)
+  if (!typed && isMalformed(operator, text)) return;
+  const counted = countedNetwork(typed), key = nameKey(withoutMarks(text));
+  const lifted = [...bans].filter(([network, { names }]) =>
+    network === counted || names.some((name) => nameKey(name) === key)
   );
   for (const [network] of lifted) {
     bans.delete(network);
@@ -4083,8 +4173,9 @@ function unban(operator: Operator, text: string): void {
 function listBans(operator: Operator): void {
   const rows = Array.from(
     operator.room.access.bans,
-    ([network, { name, reason, time }]) =>
-      `* ${networkText(network)}${name && ` (${name})`} is banned since ` +
+    ([network, { names, reason, time }]) =>
+      `* ${networkText(network)}` +
+      `${names.length > 0 ? ` (${firstNames(names)})` : ""} is banned since ` +
       `${dateText(time)} ${timeText(time)}${reason && `: ${reason}`}\n`,
   );
   operator.tell(rows.join("") || "* Nobody is banned.\n");
@@ -4255,11 +4346,17 @@ function withTiedValues(args: string[]): string[] {
  * contradict each other. */
 function checkOptions(options: Record<string, unknown>): void {
   for (const flag of FLAGS) checkValue(flag, options[keyOf(flag)]);
-  const { raw, askName, timestamps, tlsCert, tlsKey } = options;
+  const { raw, askName, timestamps, motd, tlsCert, tlsKey } = options;
   if (raw && (askName || timestamps)) {
     throw new UsageError(
       `Cannot use --raw with ${askName ? "--ask-name" : "--timestamps"}: ` +
         "a raw room relays lines as they are",
+    );
+  }
+  if (motd && (raw || askName)) {
+    throw new UsageError(
+      `Cannot use --motd with ${raw ? "--raw" : "--ask-name"}: ` +
+        "its clients are shown no text after a welcome",
     );
   }
   if (options.reusePort && Deno.build.os !== "linux") {
@@ -4302,7 +4399,10 @@ function checkValue(flag: Flag, value: unknown): void {
     expect(isNetwork, "a network, such as 192.168.0.0/16", { given });
   }
   // Letters, digits and what else an address or a host name can hold.
-  const isHost = name !== "host" || /^[\p{L}\p{N}.:%_-]+$/u.test(String(value));
+  if (name !== "host") return;
+  const host = String(value), hasPort = /^[^:]*:\d*$/.test(host);
+  expect(!hasPort, "an address alone, and the port with --port");
+  const isHost = /^[\p{L}\p{N}.:%_-]+$/u.test(host);
   expect(isHost, "an address, such as 127.0.0.1 or ::");
 }
 
@@ -4361,6 +4461,9 @@ function startLine(
     `Join with: ${client} ${isAnywhere ? "localhost" : hostname} ${port}`;
 }
 
+const NO_INPUT =
+  "The console has no more input. The room goes on; Ctrl-C stops it.";
+
 /** Lets the person at standard input be the operator, until its end. */
 async function operate(
   server: ChatServer,
@@ -4369,9 +4472,10 @@ async function operate(
   try {
     await server.operate(typedLines(), print);
     if (server.stopping.aborted) return;
-    print("The console has no more input. The room goes on; Ctrl-C stops it.");
+    print(NO_INPUT);
   } catch (error) {
-    warn(`The console has no more input: ${reason(error)}`);
+    // Such as a terminal that nohup has taken away.
+    warn(`${NO_INPUT} (${reason(error)})`);
   }
 }
 
@@ -4435,7 +4539,7 @@ function handleSignals(
     try {
       server.reopenLog();
     } catch (error) {
-      warn(reason(error));
+      warn(`${reason(error)}; the file that was open stays in use`);
     }
   });
 }

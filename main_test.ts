@@ -405,6 +405,40 @@ Deno.test("a command has the aliases that people try", async (t) => {
   });
 });
 
+Deno.test("nothing that does not show makes a command public", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  const hidden = [
+    "\u200b\u200c\u200d\u200e\u2060\u00ad\u034f\u061c\u180e\ufe0f\u{e0041}",
+    ..."\u200b\u00ad\ufe0f\ue000\u0378",
+    "\xff", // of Latin-1
+  ];
+  await alice.find(/bob$/);
+  for (const it of hidden) {
+    for (
+      const typed of [
+        `/msg${it} bob`,
+        `/${it}msg bob`,
+        ` /m${it}sg bob`,
+        `/r${it}`,
+      ]
+    ) {
+      const bytes = it === "\xff"
+        ? Uint8Array.from(`${typed} a secret\n`, (c) => c.charCodeAt(0))
+        : `${typed} a secret\n`;
+      await alice.send(bytes);
+    }
+  }
+  await alice.say(`/m\u200bzz bob ${"x".repeat(5_000)}`, "//w\u200bho", "done");
+  const told: string[] = [];
+  for (let line; !/done$/.test(line = (await bob.next())!);) told.push(line);
+  assertEquals(told.filter((line) => !/^\[alice -> you\]/.test(line)), [
+    "[alice] /w\u200bho",
+  ]);
+  assertEquals(told.length, 3 * hidden.length + 1);
+});
+
 Deno.test("an unknown command is answered with the nearest known one, and not said", async () => {
   await using server = open();
   await using alice = await Guest.join(server.port);
@@ -425,6 +459,9 @@ Deno.test("an unknown command is answered with the nearest known one, and not sa
     ["/leave", "quit"],
     ["/users", "who"],
     ["/block guest1", "ignore"],
+    ["/exti", "exit"],
+    ["/tel guest1 secret", "tell"],
+    ["/lsit", "list"],
   ];
   for (const [typed, meant] of nearest) {
     await bob.say(typed);
@@ -728,6 +765,14 @@ Deno.test("--motd FILE is shown after the welcome", async () => {
   assertEquals(await alice.next(), "* Rules:");
   assertEquals(await alice.next(), "* ");
   assertEquals(await alice.next(), "*         1. Be kind.");
+  assertEquals(await alice.next(), "* Nobody else is here yet.");
+});
+
+Deno.test("--motd with an empty file shows nothing", async () => {
+  using file = new TemporaryFile("\n");
+  await using server = open({ motd: file.path });
+  await using alice = await Guest.connect(server.port);
+  assertMatch((await alice.next())!, /^\* Welcome!/);
   assertEquals(await alice.next(), "* Nobody else is here yet.");
 });
 
@@ -1299,6 +1344,34 @@ Deno.test("a sub-negotiation without an end swallows at most one line end", asyn
   assertEquals(await bob.next(), "[alice] two");
 });
 
+Deno.test("Ctrl-C in telnet is told another way to leave where /quit is none", async () => {
+  using file = new TemporaryFile("sesame\n");
+  for (const options of [{ passwordFile: file.path }, { askName: true }]) {
+    await using server = open(options);
+    await using alice = await Guest.connect(server.port);
+    await alice.send([IAC, IP]);
+    await alice.find(
+      /\* To leave, close the connection \(in telnet: Ctrl-\], then quit\)\.$/,
+    );
+  }
+});
+
+Deno.test("what is left of a telnet Synch changes nothing", async () => {
+  await using server = open({ rate: 0 });
+  await using alice = await Guest.join(server.port, "alice");
+  await using bob = await Guest.join(server.port, "bob");
+  const text = (typed: string) => [...encoder.encode(typed)];
+  await alice.send([DM, ...text("one\r\nt"), DM, ...text("wo\r\n")]);
+  await alice.send([...text("\u{80000} three"), DM, 10, DM, 13, 10]);
+  await alice.send([DM]);
+  await alice.settle();
+  await alice.send(text("four\n"));
+  // U+80000 begins with the same byte.
+  for (const said of ["one", "two", "\u{80000} three", "four"]) {
+    assertEquals(await bob.next(), `[alice] ${said}`);
+  }
+});
+
 Deno.test("telnet commands of the user are carried out or answered", async () => {
   await using server = open({ rate: 0 });
   await using alice = await Guest.join(server.port, "alice");
@@ -1307,6 +1380,8 @@ Deno.test("telnet commands of the user are carried out or answered", async () =>
   await alice.find(/\* Yes, Parley is here\.$/);
   await alice.send([IAC, IP, IAC, DO, 6]); // Ctrl-C
   await alice.find(/\* To leave, type \/quit\.$/);
+  await alice.send([IAC, IP]);
+  assertEquals(await alice.next(), "* To leave, type /quit.");
   const text = (typed: string) => [...encoder.encode(typed)];
   await alice.send([...text("helox"), IAC, EC, IAC, EC, ...text("lo\n")]);
   assertEquals(await bob.next(), "[alice] hello");
@@ -2419,6 +2494,28 @@ Deno.test("lines that a client sent before it left still arrive, at its rate", a
   assertEquals(await bob.next(), "* alice has left the room");
 });
 
+Deno.test("clients that come and go have one rate together", async () => {
+  const rate = 20, burst = 5 * rate; // lines a second, lines at once
+  await using server = open({ rate });
+  await using bob = await Guest.join(server.port, "bob");
+  const started = performance.now();
+  const buffer = new Uint8Array(10_000);
+  for (let i = 0; i < 100; i++) {
+    using conn = await Deno.connect({ port: server.port });
+    await conn.read(buffer);
+    await conn.write(encoder.encode("/msg bob hey\n".repeat(burst)));
+    await new Promise((resolve) => setTimeout(resolve, 40));
+  }
+  await bob.say("/who");
+  let said = 0;
+  for (let line; !/Here now/.test(line = (await bob.next())!);) {
+    if (/hey$/.test(line)) said++;
+  }
+  const seconds = (performance.now() - started) / 1_000;
+  // bob has a rate of his own, which he leaves to them.
+  assert(said < burst + 3 * rate * seconds, `${said} lines in ${seconds} s`);
+});
+
 Deno.test("what a client sends that is not said costs it like a line", async (t) => {
   const rate = 20, burst = 5 * rate; // lines a second, lines at once
   const inputs: [what: string, typed: string | number[], lines: number][] = [
@@ -3154,6 +3251,8 @@ Deno.test("a first line of another protocol is answered and not said", async (t)
     "SSH-2.0-OpenSSH_9.9",
     "SSH-1.5-NmapNSE_1.0",
     `GET /${"a".repeat(6_000)} HTTP/1.1`,
+    "M-SEARCH * HTTP/1.1",
+    `DESCRIBE rtsp://x/${"a".repeat(6_000)} RTSP/1.0`,
   ];
   for (const line of lines) {
     await t.step(line.slice(0, 40), async () => {
@@ -3485,7 +3584,7 @@ Deno.test("the operator speaks as host, sees the room, kicks and bans", async (t
     await program.type("/banned", "/ban ::ffff:7f00:1", "/ban 0177.0.0.1");
     await output.find(/^\* Nobody is banned\.$/);
     await output.find(/^\* 127\.0\.0\.1 is banned\./);
-    await output.find(/^! Nobody here is called 0177\.0\.0\.1/);
+    await output.find(/^! 0177\.0\.0\.1 is no address or network\. Type one/);
     await program.type("/unban 127.0.0.1");
     await output.find(/no longer/);
   });
@@ -3599,6 +3698,43 @@ Deno.test("/ban NAME refuses when others share the address, and tells which comm
   assertEquals(await host.next(), "* Nobody is banned.");
   await using back = Visitor.admit(server, "192.0.2.2");
   assertMatch((await back.next())!, /Welcome/);
+});
+
+Deno.test("a ban names all who were there, and each of them lifts it", async () => {
+  await using server = open();
+  const crowd: Visitor[] = [];
+  for (let i = 1; i <= 30; i++) {
+    const visitor = Visitor.admit(server, "192.0.2.1");
+    await visitor.find(/Here now|Nobody else/);
+    crowd.push(visitor);
+  }
+  await using host = new Console(server);
+  await host.type("/ban guest3");
+  assertMatch((await host.next())!, /guest21, 9 more would be banned too\./);
+  await host.type("/ban 192.0.2.1 spam", "/banned", "/unban @Guest29,");
+  await host.find(/is banned\./);
+  assertMatch(
+    await host.find(/banned since/),
+    /^\* 192\.0\.2\.1 \(guest1, .*guest20, 10 more\) is banned since .*: spam$/,
+  );
+  await host.find(/^\* 192\.0\.2\.1 is no longer banned\.$/);
+  for (const visitor of crowd) await visitor.rest();
+  for (
+    const malformed of [
+      "10.0.0.0/33",
+      "300.1.1.1",
+      "10.0.0",
+      "[fd01::5]",
+      "127.0.0.9:50983",
+    ]
+  ) {
+    await host.type(`/ban ${malformed}`, `/unban ${malformed}`);
+    const answer = `! ${malformed} is no address or network. ` +
+      "Type one such as 10.0.0.1 or 10.0.0.0/8.";
+    assertEquals([await host.next(), await host.next()], [answer, answer]);
+  }
+  await host.type("/nick zoe");
+  assertMatch((await host.next())!, /^! Unknown command \/nick\. \/help /);
 });
 
 Deno.test("/ban takes a network", async () => {
@@ -3860,6 +3996,18 @@ Deno.test("a log file is read from its end, and an unfinished last line is ignor
   );
 });
 
+Deno.test("a line of the log file that was broken off is not shown", async () => {
+  const stamp = new Date().toISOString();
+  const kept = `${stamp} [bob] whole\n${stamp} [bob] I do not like y`;
+  using file = new TemporaryFile(kept);
+  await using server = open({ log: file.path, history: 20 });
+  await using alice = await Guest.connect(server.port);
+  await alice.find(/^\* Earlier:$/);
+  assertEquals(await alice.next(), "[bob] whole");
+  await alice.receivesNothing();
+  assertEquals(Deno.readTextFileSync(file.path), `${kept}\n`);
+});
+
 Deno.test("a line of the log file that is too long for the history is left out", async () => {
   const old = "2026-01-31T12:34:56.789Z [old] ";
   using file = new TemporaryFile(
@@ -3972,7 +4120,8 @@ Deno.test({
     assertEquals(
       await program.errors.next(),
       `parley: Cannot open ${folder}/chat.log: ` +
-        `the folder ${folder}/ does not exist (create it first)`,
+        `the folder ${folder}/ does not exist (create it first); ` +
+        "the file that was open stays in use",
     );
     await alice.say("hello");
     await eventually(
@@ -4142,12 +4291,12 @@ Deno.test("a file that cannot be used gives one line and exit status 1", async (
     [
       ["--log", "/"],
       ["--allow-read", "--allow-write"],
-      "Cannot open /: Is a directory (os error 21): open '/'",
+      "Cannot open /: it is a directory (give a file)",
     ],
     [
       ["--log", "/proc/nope"],
       ["--allow-all"],
-      "Cannot open /proc/nope: No such file or directory (os error 2): open '/proc/nope'",
+      "Cannot open /proc/nope: no file can be made there (choose another path)",
     ],
     [
       ["--log", "/no/such/file"],
@@ -4233,6 +4382,14 @@ Deno.test("a command line that cannot be used gives one line and exit status 2",
     [
       "--raw --ask-name",
       "Cannot use --raw with --ask-name: a raw room relays lines as they are",
+    ],
+    [
+      "--ask-name --motd x",
+      "Cannot use --motd with --ask-name: its clients are shown no text after a welcome",
+    ],
+    [
+      "--host 127.0.0.1:80",
+      "Cannot use 127.0.0.1:80 for --host: give an address alone, and the port with --port",
     ],
     [
       "--allow 10.0.0.0/33",

@@ -977,7 +977,7 @@ function listenProblem(error: NodeJS.ErrnoException): string {
     case "EADDRNOTAVAIL":
       return "this machine does not have that address (choose one with --host)";
     case "EACCES":
-      return "the system does not permit it (choose a port above 1023)";
+      return "ports below 1024 are for administrators (choose a port above 1023)";
     default:
       return error.message.replace(/[\p{C}\p{Z}]+/gu, " ");
   }
