@@ -377,14 +377,9 @@ async function atMost(
 
 // The telnet protocol (RFC 854): commands from 236 (RFC 1184) on, and those that
 // something follows.
-const FIRST_COMMAND = 236, SE = 240, IP = 244, AYT = 246, EC = 247, EL = 248;
-const DM = 242,
-  SB = 250,
-  WILL = 251,
-  WONT = 252,
-  DO = 253,
-  DONT = 254,
-  IAC = 255;
+const FIRST_COMMAND = 236, SE = 240, DM = 242, IP = 244, AYT = 246, EC = 247;
+const EL = 248, SB = 250, WILL = 251, WONT = 252, DO = 253, DONT = 254;
+const IAC = 255;
 const BINARY = 0; // RFC 856
 
 /** How many bytes of replies to one read are enough to add no more. */
@@ -2393,10 +2388,12 @@ function tellOfWaiting(client: Client, input: Input): void {
 
 // -- clients of other protocols
 
-/** The first line of an HTTP, RTSP or SIP request (RFC 9112, section 3), or its
- * first piece, if it is too long for one. */
-const REQUEST =
-  /^[\w-]+ \S+ ((?:HTTP|RTSP|SIP)\/\d\S*)|^[A-Z_-]+ (?:[a-z]+:|\/)\S{4000,}$/i;
+/** The first line of an HTTP, RTSP or SIP request (RFC 9112, section 3). */
+const REQUEST = /^[\w-]+ \S+ ((?:HTTP|RTSP|SIP)\/\d\S*)/i;
+
+/** The first piece of one that is too long. */
+const LONG_REQUEST =
+  /^(?:(?:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) |[\w-]+ (?:rtsp|sips?):)\S{4000,}$/i;
 
 /** How a TLS handshake begins (RFC 8446, 5.1). */
 const TLS_HANDSHAKE = [0x16, 0x03];
@@ -2411,7 +2408,8 @@ function refuseOtherProtocol(client: Client, input: Input): boolean {
   input.firstLineSeen = true;
   const request = decoder.decode(input.lines), [line] = request.split("\n", 1);
   const isSsh = /^SSH-\d/.test(line); // RFC 4253, 4.2
-  const [isRequest, version] = REQUEST.exec(line) ?? [];
+  const [isRequest = LONG_REQUEST.test(line), version] = REQUEST.exec(line) ??
+    [];
   if (!isRequest && !isSsh) return false;
   const { webPage } = client.room;
   client.tell(isSsh ? NOT_A_TERMINAL : webAnswer(request, webPage, version));

@@ -3281,6 +3281,10 @@ Deno.test("a first line of another protocol is answered and not said", async (t)
       await bob.say(line);
       await alice.find(new RegExp(`^\\[guest\\d+\\] ${line}$`));
     }
+    await using bob = await Guest.connect(server.port);
+    await bob.say(`look https://example.org/${"x".repeat(5_000)} nice`);
+    await alice.find(/^\[guest\d+\] look https:\/\/example\.org\/x+$/);
+    await alice.find(/x nice$/);
   });
 });
 
