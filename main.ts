@@ -188,12 +188,8 @@ const CONTROLS =
 // What belongs to the character before it.
 const MARK = /[\p{M}\u200d\p{VS}]/u;
 
-/** Characters that show nothing. */
-const BLANKS = String.raw`\p{White_Space}\p{DI}\u2800\ufff9-\ufffb` +
-  String.raw`\u{13441}-\u{13446}\u{16fe4}\u{1d159}`;
-
 /** A line that shows nothing. */
-const BLANK = new RegExp(`^[${BLANKS}]*$`, "v");
+const BLANK = /^[\p{White_Space}\p{DI}\u2800]*$/v;
 
 // What would hide the slash of a command. No character fits two alternatives, or a long
 // run of them would take endlessly.
@@ -211,12 +207,9 @@ const HIDDEN_START = new RegExp(
 );
 
 // Whether a chunk may hold a line that has to be changed.
-const SUSPECT = new RegExp(
-  String
-    .raw`[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ufffd]|` +
-    String.raw`^[${BLANKS}\p{Co}\p{Cn}]|\t`,
-  "mv",
-);
+const SUSPECT =
+  // deno-lint-ignore no-control-regex
+  /[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ufffd]|^[\p{White_Space}\p{DI}\p{Co}\p{Cn}\u2800]|\t/mv;
 
 /**
  * Removes from a line what could disturb a terminal or pass for another line:
