@@ -480,7 +480,7 @@ class TelnetFilter {
  * client (this: 8), and hold a line of any length in memory.
  */
 class LineSplitter {
-  /** Made with the first IAC or CR. */
+  /** Made with the first IAC, CR or DM. */
   telnet: TelnetFilter | null = null;
   /** What the last chunk cost beyond its lines, in lines: those that show nothing, and
    * bytes that are removed, {@linkcode LINE_BYTES} for a line. */
@@ -541,9 +541,11 @@ class LineSplitter {
   }
 
   #filter(chunk: Uint8Array): Uint8Array {
-    if ([IAC, CR, DM].some((byte) => chunk.includes(byte))) {
-      this.telnet ??= new TelnetFilter();
-    }
+    // Once there is one, nothing is looked for.
+    if (
+      this.telnet === null &&
+      (chunk.includes(IAC) || chunk.includes(CR) || chunk.includes(DM))
+    ) this.telnet = new TelnetFilter();
     return this.telnet?.filter(chunk) ?? chunk;
   }
 
@@ -1384,8 +1386,8 @@ const LISTED_NAMES = 20;
 /** In a room of so many people all may be looked at to answer one of them. */
 const SMALL_ROOM = 100;
 
-/** The name that is written `bob,` or `@bob`. */
-function withoutMarks(name: string): string {
+/** The name in `bob,` or `@bob`. */
+function bareName(name: string): string {
   return name.replace(/^@|[,:]$/g, "");
 }
 
@@ -1404,7 +1406,7 @@ class People extends Map<string, Person> {
   find(name: string): Person | undefined {
     const exact = this.get(nameKey(name));
     if (exact !== undefined) return exact;
-    const plain = withoutMarks(name), at = plain.indexOf("@");
+    const plain = bareName(name), at = plain.indexOf("@");
     const isOwn = at > 0 && this.ownNames.has(nameKey(plain.slice(at + 1)));
     return this.get(nameKey(isOwn ? plain.slice(0, at) : plain));
   }
@@ -2165,9 +2167,7 @@ class Client extends Person implements Sink {
     this.#sizeBuffer(count);
     input.pace.charge(junk); // what cleaning removed was work like what it kept
     this.room.turns.count(this, count);
-    if (telnet !== null) {
-      answerTelnet(this, telnet, input.question !== "");
-    }
+    if (telnet !== null) answerTelnet(this, telnet, input);
   }
 
   /** Chooses the size of the next read after one of `count` bytes. */
@@ -2415,7 +2415,7 @@ function refuseOtherProtocol(client: Client, input: Input): boolean {
 function answerTelnet(
   client: Client,
   telnet: TelnetFilter,
-  isAsked: boolean,
+  input: Input,
 ): void {
   const { reply, request } = telnet, { reader } = client;
   telnet.reply = [];
@@ -2427,7 +2427,8 @@ function answerTelnet(
   }
   if (request === 0 || client.room.options.raw) return;
   client.charge(1);
-  const leaving = isAsked || !hasCommands(client.room.options)
+  const isAsked = input.question !== "";
+  const leaving = isAsked || !hasCommands(input.options)
     ? "close the connection (in telnet: Ctrl-], then quit)"
     : "type /quit";
   client.tell(
@@ -4143,7 +4144,7 @@ function firstNames(names: string[]): string {
 function unban(operator: Operator, text: string): void {
   const { bans } = operator.room.access, typed = readNetwork(text);
   if (!typed && isMalformed(operator, text)) return;
-  const counted = countedNetwork(typed), key = nameKey(withoutMarks(text));
+  const counted = countedNetwork(typed), key = nameKey(bareName(text));
   const lifted = [...bans].filter(([network, { names }]) =>
     network === counted || names.some((name) => nameKey(name) === key)
   );
